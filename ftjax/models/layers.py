@@ -1,0 +1,185 @@
+"""Layers shared by the families: projections, norms, rotary positions, attention over explicit keys and values.
+
+Shape suffixes: B batch, T query time, S key time, D embed, N heads, K key/value heads, G = N / K, H head dim, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from ftjax.ops import GLOBAL_SEGMENT, PAD_SEGMENT, dense
+from ftjax.params import ParamSpec, leaf
+
+_MASKED = -1e30
+
+
+@struct.dataclass
+class Seq:
+    """A batch of token rows on its way through a model.
+
+    Attributes:
+      h: hidden values [B, T, D].
+      positions: position of each token in its own example [B, T].
+      segments: which example of the row a token belongs to [B, T]; GLOBAL_SEGMENT and PAD_SEGMENT are special.
+      prompt_len: length of the prompt of the token's example [B, T]; interventions at prompt positions read it.
+      first: whether this is the whole sequence or the prefill, rather than a decoding step.
+    """
+
+    h: jax.Array | None
+    positions: jax.Array
+    segments: jax.Array
+    prompt_len: jax.Array
+    first: bool = struct.field(pytree_node=False, default=True)
+
+
+@struct.dataclass
+class KV:
+    """Keys and values with what decides who may see them: k, v [B, S, K, H], positions and segments [B, S]."""
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of all layers so far: k, v [L, B, S, K, H]; positions, segments [B, S]; `at`: columns filled."""
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    at: jax.Array
+
+
+class Linear(nn.Module):
+    """y = x W + b, W [in, out]."""
+
+    out: int
+    axes: tuple[str | None, str | None]
+    hf: str
+    use_bias: bool
+    std: float
+    transposed: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.out)
+        w = leaf(self, "w", ParamSpec(shape, self.axes, std=self.std, hf=self.hf + ".weight", transposed=self.transposed))
+        b = None
+        if self.use_bias:
+            b = leaf(self, "b", ParamSpec(shape[1:], self.axes[1:], "bias", init="zeros", hf=self.hf + ".bias"))
+        return dense(x, w, b)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * w, statistics in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    eps: float
+    hf: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        w = leaf(self, "w", ParamSpec(x.shape[-1:], ("embed",), "norm", init="ones", hf=self.hf))
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return w.astype(x.dtype) * y.astype(x.dtype)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, inv_freq_h: jax.Array, *, scale: float) -> jax.Array:
+    """Rotary position embedding on two halves, angles in float32 (Su et al. 2021, arXiv:2104.09864).
+
+    Args:
+      x_BTNH: queries or keys.
+      positions_BT: token positions.
+      inv_freq_h: inverse frequencies [H / 2].
+      scale: factor on the result (1 for the plain form).
+    """
+    angle = positions_BT[..., None, None].astype(jnp.float32) * inv_freq_h
+    cos, sin = (jnp.cos(angle) * scale).astype(x_BTNH.dtype), (jnp.sin(angle) * scale).astype(x_BTNH.dtype)
+    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def visible(seq: Seq, kv: KV, *, causal: bool, window: int | None) -> jax.Array:
+    """Who sees whom [B, T, S]: same segment or a global one; causal: not later; window: not further back."""
+    q, k = seq.positions[:, :, None], kv.positions[:, None, :]
+    same = seq.segments[:, :, None] == kv.segments[:, None, :]
+    everywhere = kv.segments[:, None, :] == GLOBAL_SEGMENT
+    mask = (same | everywhere) & (kv.segments[:, None, :] != PAD_SEGMENT)
+    if causal:
+        mask = mask & (k <= q)
+    if window is not None:
+        mask = mask & ((q - k < window) | everywhere)
+    return mask
+
+
+def attend(q_BTNH: jax.Array, kv: KV, seq: Seq, *, scale: float, causal: bool = True, window: int | None = None) -> jax.Array:
+    """Softmax attention with grouped heads, statistics in float32: [B, T, N * H]."""
+    B, T, N, H = q_BTNH.shape
+    K = kv.k.shape[2]
+    q = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(scale, q_BTNH.dtype)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, kv.k, preferred_element_type=jnp.float32)
+    mask = visible(seq, kv, causal=causal, window=window)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(kv.v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, kv.v).reshape(B, T, N * H)
+
+
+def extend(cache: Cache | None, layer: jax.Array | int, k: jax.Array, v: jax.Array, seq: Seq) -> tuple[KV, Cache | None]:
+    """The keys and values that this layer attends to: those of the present tokens, after what the cache holds.
+
+    The cache's positions and segments are written by the caller once for all layers, before the first layer.
+    """
+    if cache is None:
+        return KV(k, v, seq.positions, seq.segments), None
+    zero = jnp.zeros((), jnp.int32)
+    start = (jnp.asarray(layer, jnp.int32), zero, cache.at, zero, zero)
+    cache = cache.replace(
+        k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), start),
+        v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), start),
+    )
+    pick = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)  # noqa: E731
+    return KV(pick(cache.k), pick(cache.v), cache.positions, cache.segments), cache
+
+
+Body = Callable[[dict, jax.Array, jax.Array | int, Any], tuple[jax.Array, Any]]
+
+
+def run_stack(body: Body, segments: tuple[dict, ...], h: jax.Array, cache: Any, *, unroll: bool, remat: str) -> tuple[jax.Array, Any]:
+    """Runs ``h, cache = body(params, h, layer, cache)`` over all layers of all segments.
+
+    The cache is part of the carry, not of scan's inputs and outputs: there it would exist twice.
+
+    Args:
+      body: one layer.
+      segments: stacked parameters of adjoining layer ranges, in order.
+      h: hidden values.
+      cache: passed from layer to layer.
+      unroll: a Python loop instead of `jax.lax.scan`.
+      remat: "none", "dots" (keep matrix products) or "full" (keep only layer inputs).
+    """
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy)
+    at = 0
+    for params in segments:
+        n = jax.tree.leaves(params)[0].shape[0]
+        if unroll:
+            for i in range(n):
+                h, cache = body(jax.tree.map(lambda x, i=i: x[i], params), h, at + i, cache)
+        else:
+
+            def step(carry: Any, xs: Any) -> tuple[Any, None]:
+                return body(xs[0], carry[0], xs[1], carry[1]), None
+
+            (h, cache), _ = jax.lax.scan(step, (h, cache), (params, jnp.arange(at, at + n)))
+        at += n
+    return h, cache

@@ -1,0 +1,52 @@
+"""What an objective is: a pure function of a policy and a batch, giving sums and the weights to divide them by.
+
+    loss = sum_k coef_k * sums_k / weights_k,   both added up over all micro-batches first
+
+Because sums and weights are kept apart, any split of a batch into micro-batches gives the loss and gradient of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import jax
+from flax import struct
+
+Policy = Callable[..., Any]
+
+
+@struct.dataclass
+class LossOutput:
+    """Result of an objective on one micro-batch; every field is required, so that none is forgotten.
+
+    Attributes:
+      sums: unnormalised loss terms, differentiated.
+      mutable: running state of the model (BatchNorm statistics), passed on.
+      metrics: further sums for the log, each as (sum, weight).
+    """
+
+    sums: dict[str, jax.Array]
+    mutable: Any
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(Protocol):
+    """Knows nothing of adapters, meshes or model families."""
+
+    needs_reference: ClassVar[bool]
+    """Whether a frozen snapshot of the policy is passed in."""
+    batch: ClassVar[type]
+    """The kind of batch it takes."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Factor of each loss term; they enter the step as arrays."""
+        ...
+
+    def weights(self, batch: Any) -> dict[str, jax.Array]:
+        """Denominator of each loss term, from the batch alone."""
+        ...
+
+    def __call__(self, policy: Policy, batch: Any, *, reference: Policy | None, mutable: Any, hyper: dict) -> LossOutput:
+        """The loss of one micro-batch."""
+        ...

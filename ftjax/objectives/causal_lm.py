@@ -1,0 +1,67 @@
+"""Next-token prediction: supervised fine-tuning and continued pre-training, which differ in the data's weights only.
+
+loss = sum_t w_t nll_t / sum_t w_t over all rows of the step; token t is predicted from the tokens before it in its example.
+
+    objective=CausalLM(label_smoothing=0.1)
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from ftjax.data.batches import TokenBatch
+from ftjax.objectives.base import LossOutput, Policy
+from ftjax.registry import register
+from ftjax.schema import Component
+
+
+def shift(batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+    """Targets and their weights at the place that predicts them [B, T]: token t + 1 at place t; the last place has none.
+
+    The first token of an example is never a target, so nothing is predicted across the border of a packed row.
+    """
+    pad = ((0, 0), (0, 1))
+    targets = jnp.pad(batch.tokens[:, 1:], pad)
+    same = batch.segments[:, 1:] == batch.segments[:, :-1]
+    return targets, jnp.pad(batch.weights[:, 1:] * same, pad)
+
+
+def model_inputs(batch: TokenBatch) -> dict[str, jax.Array]:
+    """What a policy is called with."""
+    return {"input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments}
+
+
+@register("objective")
+class CausalLM(Component):
+    """Next-token cross entropy on the weighted tokens."""
+
+    needs_reference: ClassVar[bool] = False
+    batch: ClassVar[type] = TokenBatch
+
+    name: Literal["causal_lm"] = "causal_lm"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread evenly over the vocabulary.")
+
+    def coefficients(self) -> dict[str, float]:
+        """One term."""
+        return {"nll": 1.0}
+
+    def hyper(self) -> dict[str, float]:
+        """Numbers of the objective that enter the step as arrays."""
+        return {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+
+    def weights(self, batch: TokenBatch) -> dict[str, jax.Array]:
+        """Trained tokens."""
+        return {"nll": shift(batch)[1].sum()}
+
+    def __call__(self, policy: Policy, batch: TokenBatch, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
+        """Sum of the weighted negative log-likelihoods; metrics as TRL names them."""
+        output, mutable = policy(model_inputs(batch), mutable)
+        targets, weights = shift(batch)
+        token = output.nll(targets, smoothing=hyper.get("label_smoothing", 0.0))
+        total = weights.sum()
+        metrics = {"mean_token_accuracy": ((token.correct * (weights > 0)).sum(), (weights > 0).sum().astype(jnp.float32))}
+        return LossOutput({"nll": (token.nll * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))})

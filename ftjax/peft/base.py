@@ -1,0 +1,177 @@
+"""What a PEFT method is, and `bind`: the one way in which an overlay meets a base.
+
+An overlay is a flat dict like the base's store. An entry at a parameter's path is a `Delta` and wraps that weight; an entry
+at a site's path is a tap and is put there. Which arrays are trained is a matter of labels, not of structure:
+
+    rules = method.labels(table)                     # patterns over "base/..." and "overlay/..." -> frozen | const | group
+    overlay = method.init(key, table, params)        # {"layers[0:4]/q/w": LoRADelta(...)}
+    params = bind(base, overlay, rng)                # what model.apply takes; rng only while training (dropout)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+
+from ftjax.errors import ConfigError, nearest
+from ftjax.ops import Adapted
+from ftjax.params import Ranged, Store, Table, bounds, cut, layer_keys, ranged, unranged
+from ftjax.tree import Rules, matches
+
+FROZEN, CONST = "frozen", "const"
+"""Labels that are no optimizer groups: weights of the base left alone; numbers of an overlay that are not trained."""
+
+Overlay = dict[str, Any]
+
+
+class Peft(Protocol):
+    """A method: a frozen config object registered under "peft"."""
+
+    mergeable: ClassVar[bool]
+    """Whether the overlay can be folded into the base."""
+    identity_at_init: ClassVar[bool]
+    """Whether the adapted model equals the base bit for bit before the first step."""
+    hf_type: ClassVar[str | None]
+    """``peft_type`` in the ecosystem's adapter_config.json; None where that format has no such method."""
+
+    def labels(self, table: Table) -> Rules:
+        """Rules for every leaf under "base/" and "overlay/"; the first match holds."""
+        ...
+
+    def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
+        """The overlay at step 0; `params` may be abstract where only shapes matter."""
+        ...
+
+
+def bind(base: Mapping[str, Any], overlay: Mapping[str, Any], rng: jax.Array | None = None) -> Store:
+    """The parameters a model sees: the base with its overlay in place.
+
+    Stacks are cut wherever either is cut. Under a training rng every wrapped weight gets a dropout key that depends on its
+    path and absolute layer only.
+
+    Args:
+      base: store of weights.
+      overlay: deltas at parameter paths, taps at site paths.
+      rng: the step's key while training, None otherwise.
+    """
+    at = bounds(base, overlay)
+    out = cut(base, at)
+    for key, entry in cut(overlay, at).items():
+        if key not in out:
+            out[key] = entry
+            continue
+        out[key] = Adapted(out[key], entry, None if rng is None else layer_keys(rng, key))
+    return out
+
+
+def unbind(params: Mapping[str, Any], table: Table) -> tuple[Store, Overlay]:
+    """The inverse of `bind`: (base, overlay)."""
+    base: Store = {}
+    overlay: Overlay = {}
+    sites = {unranged(k) for k, s in table.items() if s.kind == "site"}
+    for key, value in params.items():
+        if isinstance(value, Adapted):
+            base[key], overlay[key] = value.base, value.delta
+        elif unranged(key) in sites:
+            overlay[key] = value
+        else:
+            base[key] = value
+    return base, overlay
+
+
+def check_overlay(overlay: Mapping[str, Any], table: Table) -> None:
+    """Refuses an entry that is neither a parameter nor a site: it would be ignored in silence.
+
+    Raises:
+      ConfigError: with the nearest paths.
+    """
+    known = {unranged(k) for k in table}
+    lost = [k for k in overlay if unranged(k) not in known]
+    if lost:
+        lines = [f"{k} is neither a parameter nor a site. Nearest: {', '.join(nearest(unranged(k), known, 5))}" for k in lost]
+        raise ConfigError("the overlay does not fit the model", lines)
+
+
+def merge(params: Mapping[str, Any], table: Table) -> Store:
+    """Folds every adapter into its weight, in float32, and returns plain arrays in the base's dtype.
+
+    Raises:
+      ConfigError: a tap (prefix, bottleneck, intervention) has no weight to be folded into.
+    """
+    base, overlay = unbind(params, table)
+    taps = [k for k in overlay if k not in base]
+    if taps:
+        raise ConfigError(f"{taps[0]} changes values, not a weight: this adapter cannot be merged")
+    from ftjax.params import join
+
+    folded = {
+        key: jax.jit(lambda v: v.materialize())(value).astype(_dtype(value.base)) if isinstance(value, Adapted) else value
+        for key, value in params.items()
+    }
+    return join(folded)
+
+
+def _dtype(leaf: Any) -> Any:
+    return getattr(leaf, "dtype", None) or jax.tree.leaves(leaf)[-1].dtype
+
+
+# Targets ---------------------------------------------------------------------------------------------------------------
+
+
+def select(table: Table, targets: Sequence[str], *, where: str) -> list[str]:
+    """Store keys of the kernels that `targets` name.
+
+    A target is a module's name as the checkpoint has it (``q_proj``) or as the table has it (``q``), a pattern over either
+    (``*.mlp.*``, ``layers[0:4]/q/w``), or ``all-linear``: every kernel but the output head.
+
+    Raises:
+      ConfigError: a target matches nothing; with the nearest names.
+    """
+    kernels = {k: s for k, s in table.items() if s.kind == "kernel"}
+    chosen: set[str] = set()
+    problems = []
+    for target in targets:
+        hit = {k for k in kernels if _is_target(k, kernels[k].hf, target)}
+        if not hit:
+            problems.append(_no_target(where, target, kernels))
+        chosen |= hit
+    if problems:
+        raise ConfigError("targets that match no weight", problems)
+    return [k for k in table if k in chosen]
+
+
+def _module_names(key: str, hf: str) -> tuple[str, str]:
+    """(our path without the leaf's name, the checkpoint's dotted module name)."""
+    return unranged(key).rsplit("/", 1)[0], hf.removesuffix(".weight").removesuffix(".bias")
+
+
+def _is_target(key: str, hf: str, target: str) -> bool:
+    ours, theirs = _module_names(key, hf)
+    if target == "all-linear":
+        return ranged(key) is not None
+    if any(c in target for c in "*?/["):
+        return any(matches(name, target) for name in (ours, theirs, key, unranged(key)))
+    return ours.rsplit("/", 1)[-1] == target or theirs == target or theirs.endswith("." + target)
+
+
+def _no_target(where: str, target: str, kernels: Table) -> str:
+    names = sorted({n for k, s in kernels.items() for n in (unranged(k).split("/")[-2], s.hf.split(".")[-2])})
+    near = nearest(target, names, 5)
+    return f"{where}={target!r} matches no weight. " + (f"Nearest: {', '.join(near)}" if near else f"Names: {', '.join(names)}")
+
+
+def subset(key: str, layers: tuple[int, ...]) -> list[str]:
+    """The parts of a stacked key that cover just `layers` (all of it when empty), as runs of adjoining layers."""
+    r = ranged(key)
+    if r is None or not layers:
+        return [key]
+    inside = sorted(x for x in set(layers) if r.start <= x < r.stop)
+    runs: list[list[int]] = []
+    for x in inside:
+        if runs and runs[-1][1] == x:
+            runs[-1][1] = x + 1
+        else:
+            runs.append([x, x + 1])
+    return [str(Ranged(r.stack, lo, hi, r.rest)) for lo, hi in runs]

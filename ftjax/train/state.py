@@ -1,0 +1,115 @@
+"""What a run holds: the part that trains (donated, checkpointed) and the part that does not.
+
+The store of a run is ``{"base": ..., "overlay": ...}``. Labels split it once, before the first step: `State.trainable` and
+`State.const` travel through the step; `Frozen` is a separate argument, never donated, returned or saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ftjax import tree
+from ftjax.errors import ConfigError
+from ftjax.params import Store, Table, cut, ranged, spec_of
+from ftjax.peft.base import CONST, FROZEN, Overlay, check_overlay
+from ftjax.tree import Rules
+
+
+@struct.dataclass
+class State:
+    """Everything that changes, and all that a checkpoint holds.
+
+    Attributes:
+      step: optimizer steps taken, int32.
+      trainable: the differentiated leaves of the store; None elsewhere.
+      const: numbers of the overlay that are not trained (scales, rates); None elsewhere.
+      opt: optimizer state.
+      rng: base key; a step uses ``fold_in(rng, step)``.
+      mutable: the model's running state (BatchNorm), empty for language models.
+      hyper: numbers of the run as arrays (see `ftjax.train.optimizer.hyper_of`).
+    """
+
+    step: jax.Array
+    trainable: Any
+    const: Any
+    opt: Any
+    rng: jax.Array
+    mutable: Any
+    hyper: Any
+
+
+@struct.dataclass
+class Frozen:
+    """What never changes: the rest of the store, and the reference's snapshot of the trainable leaves (or None)."""
+
+    store: Any
+    reference: Any = None
+
+
+@struct.dataclass
+class Parts:
+    """A store split by label; `groups` has the optimizer group of each trainable leaf."""
+
+    trainable: Any
+    const: Any
+    frozen: Any
+    groups: Any = struct.field(pytree_node=False)
+    store_labels: Any = struct.field(pytree_node=False)
+
+
+def trained_borders(params: Store, labels: dict[str, str]) -> dict[str, set[int]]:
+    """Layer borders at which trainability changes; stacks are cut there, so that what lies below is not differentiated."""
+    at: dict[str, set[int]] = {}
+    for key in params:
+        if (r := ranged(key)) and labels[key] != FROZEN:
+            at.setdefault(r.stack, set()).update((r.start, r.stop))
+    return at
+
+
+def partition(base: Store, overlay: Overlay, table: Table, rules: Rules) -> Parts:
+    """Labels a store and splits it.
+
+    Raises:
+      ConfigError: an overlay entry fits nothing, a rule matches nothing, or nothing is trainable.
+    """
+    check_overlay(overlay, table)
+    store = {"base": base, "overlay": overlay}
+    labels = tree.label(store, rules)
+    trainable, rest = tree.split(store, labels, lambda name: name not in (FROZEN, CONST))
+    if not jax.tree.leaves(trainable):
+        raise ConfigError("0 trainable parameters: the method's rules leave everything frozen")
+    rest_labels = jax.tree.map(lambda x, name: None if x is not None else name, trainable, labels, is_leaf=_hole)
+    const, frozen = tree.split(rest, rest_labels, lambda name: name == CONST)
+    groups = jax.tree.map(lambda x, name: name if x is not None else None, trainable, labels, is_leaf=_hole)
+    return Parts(trainable, const, frozen, groups, labels)
+
+
+def _hole(x: Any) -> bool:
+    return x is None
+
+
+def kinds_of(trainable: Any, table: Table) -> Any:
+    """The kind of parameter of each trainable leaf; leaves of an overlay count as kernels, as torch's optimizers see them."""
+
+    def kind(path: str) -> str:
+        side, key = path.split("/", 1)
+        return spec_of(table, key).kind if side == "base" else "kernel"
+
+    return jax.tree.map(kind, tree.paths(trainable))
+
+
+def cut_base(base: Store, rules: Rules, overlay: Overlay) -> Store:
+    """The base cut at the borders of its overlay (outside jit, once, at load)."""
+    from ftjax.params import bounds
+
+    return cut(base, bounds(overlay))
+
+
+def initial(parts: Parts, tx: Any, *, rng: jax.Array, mutable: Any, hyper: Any) -> State:
+    """The state before the first step; trainable leaves are in float32, whatever the base's dtype."""
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), parts.trainable)
+    return State(jnp.zeros((), jnp.int32), trainable, parts.const, tx.init(trainable), rng, mutable, hyper)

@@ -1,0 +1,124 @@
+"""The one train step: any model, any method, any objective, no names.
+
+    program = Program(model, objective, spec, groups)
+    state, metrics = jax.jit(program.train, donate_argnums=0)(state, frozen, batch)
+
+Only the trainable tree is differentiated; gradients of micro-batches are summed with each loss term's denominator taken over
+the whole step, so that any split gives the gradient of the large batch. Population training is `jax.vmap` of this step.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftjax import tree
+from ftjax.objectives.base import LossOutput
+from ftjax.peft.base import bind
+from ftjax.train.optimizer import OptimSpec, clip_by_norm, learning_rate, make_tx
+from ftjax.train.state import Frozen, State
+
+Metrics = dict[str, Any]
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Program:
+    """The pure functions of a run.
+
+    Attributes:
+      model: architecture and numerics.
+      objective: the loss.
+      optim: static choices of the optimizer.
+      groups: optimizer group of each trainable leaf.
+    """
+
+    model: Any
+    objective: Any
+    optim: OptimSpec
+    groups: Any
+
+    def params(self, trainable: Any, state: State, frozen: Frozen, rng: jax.Array | None) -> Any:
+        """The bound store of the present policy."""
+        store = tree.combine(trainable, state.const, frozen.store)
+        return bind(store["base"], store["overlay"], rng)
+
+    def output(self, trainable: Any, mutable: Any, state: State, frozen: Frozen, batch: Any, rng: Any) -> LossOutput:
+        """The objective on one micro-batch."""
+        bound = self.params(trainable, state, frozen, rng)
+
+        def policy(inputs: Any, mutable: Any) -> tuple[Any, Any]:
+            return self.model.apply(bound, inputs), mutable
+
+        reference = None
+        if self.objective.needs_reference:
+            past = tree.combine(frozen.reference, state.const, frozen.store)
+            reference = partial(self.model.apply, bind(past["base"], past["overlay"]))
+        return self.objective(policy, batch, reference=reference, mutable=mutable, hyper=state.hyper)
+
+    def train(self, state: State, frozen: Frozen, batches: Any) -> tuple[State, Metrics]:
+        """One optimizer step.
+
+        Args:
+          state: donated by the caller.
+          frozen: everything that stays.
+          batches: micro-batches, [M, B, ...] leaves.
+
+        Returns:
+          The next state and scalars: each loss term and metric as (sum, weight), "grad_norm", "lr", "finite". A step whose
+          loss or gradient is not finite changes nothing but the step count.
+        """
+        weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(self.objective.weights)(batches))
+        inverse = {k: jnp.where(w > 0, 1 / jnp.where(w > 0, w, 1), 0.0) for k, w in weights.items()}
+        rng = jax.random.fold_in(state.rng, state.step)
+
+        def loss(trainable: Any, mutable: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, LossOutput]:
+            out = self.output(trainable, mutable, state, frozen, batch, rng)
+            return sum(state.hyper["coef"][k] * v * inverse[k] for k, v in out.sums.items()), out
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+
+        def micro(carry: Any, xs: Any) -> tuple[Any, Any]:
+            total, mutable = carry
+            i, batch = xs
+            (value, out), g = grad(state.trainable, mutable, batch, jax.random.fold_in(rng, i))
+            return (jax.tree.map(jnp.add, total, g), out.mutable), (value, out.sums, out.metrics)
+
+        M = jax.tree.leaves(batches)[0].shape[0]
+        if M == 1:
+            first = jax.tree.map(lambda x: x[0], batches)
+            (value, out), grads = grad(state.trainable, state.mutable, first, jax.random.fold_in(rng, 0))
+            mutable, sums, extra = out.mutable, out.sums, out.metrics
+        else:
+            zero = jax.tree.map(jnp.zeros_like, state.trainable)
+            (grads, mutable), stacked = jax.lax.scan(micro, (zero, state.mutable), (jnp.arange(M), batches))
+            value, sums, extra = jax.tree.map(lambda x: x.sum(0), stacked)
+        return self._update(state, grads, mutable, value, sums, extra, weights)
+
+    def _update(self, state: State, grads: Any, mutable: Any, value: Any, sums: Any, extra: Any, weights: Any) -> tuple[State, Metrics]:
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        if self.optim.clip:
+            grads = clip_by_norm(grads, norm, state.hyper["clip"])
+        updates, opt = make_tx(self.optim, self.groups, state.hyper, state.step).update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        nxt = state.replace(
+            step=state.step + 1,
+            trainable=keep(trainable, state.trainable),
+            opt=keep(opt, state.opt),
+            mutable=keep(mutable, state.mutable),
+        )
+        terms = {k: (v, weights[k]) for k, v in sums.items()}
+        lr = learning_rate(self.optim.schedule, state.hyper, state.step)
+        return nxt, {"loss": value, "terms": terms, "metrics": extra, "grad_norm": norm, "lr": lr, "finite": finite}
+
+    def evaluate(self, state: State, frozen: Frozen, batch: Any) -> Metrics:
+        """Loss terms and metrics of one batch [B, ...] as (sum, weight), without dropout."""
+        out = self.output(state.trainable, state.mutable, state, frozen, batch, None)
+        weights = self.objective.weights(batch)
+        return {"terms": {k: (v, weights[k]) for k, v in out.sums.items()}, "metrics": out.metrics}
