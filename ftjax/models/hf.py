@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ftjax import registry
@@ -28,6 +27,7 @@ from ftjax.errors import ConfigError, DataError, did_you_mean
 from ftjax.models.base import Model, Numerics
 from ftjax.ops import Weight
 from ftjax.params import ParamSpec, Store, Table, join, ranged
+from ftjax.safefiles import open_tensors, read_json
 
 SHARD_BYTES = 4 * 1024**3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -59,23 +59,6 @@ def resolve(path_or_id: str) -> Path:
         raise DataError(f"no folder {path_or_id!r}, and the hub does not give it either: {reason}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model or adapter folder.
-
-    Raises:
-      DataError: the file is absent, no JSON, or no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path.parent} has no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected an object, got {type(value).__name__}")
-    return value
-
-
 def model_of(config: dict[str, Any], numerics: Numerics) -> Model:
     """The model that a `config.json` describes.
 
@@ -94,24 +77,6 @@ def model_of(config: dict[str, Any], numerics: Numerics) -> Model:
 # Files -----------------------------------------------------------------------------------------------------------------
 
 
-def open_tensors(path: Path) -> Any:
-    """Opens a safetensors file.
-
-    Raises:
-      DataError: the file is a Git LFS pointer, truncated, or no safetensors file.
-    """
-    with path.open("rb") as f:
-        start = f.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` where it came from")
-    if start[:1] == b"\x80" or start[:2] == b"PK":
-        raise DataError(f"{path} is a pickle, which can run code when opened; ftjax reads safetensors only")
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise DataError(f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {error}") from None
-
-
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: one, or the shards that the index names.
 
@@ -126,9 +91,12 @@ def tensor_files(folder: Path) -> list[Path]:
         pickles = [n for n in _PICKLES if (folder / n).exists()]
         also = f" ({pickles[0]} is a pickle, which ftjax does not open; convert it to safetensors)" if pickles else ""
         raise DataError(f"{folder} has no model.safetensors{also}")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise DataError(f"{index} has no weight_map from tensor names to files")
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        if name in ("", ".", "..") or any(c in name for c in "/\\:"):
             raise DataError(f"{index}: shard {name!r} points outside the folder")
         if not (folder / name).exists():
             raise DataError(f"{index} names {name}, which is not there")

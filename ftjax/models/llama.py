@@ -124,20 +124,45 @@ class LlamaConfig(FamilyConfig):
         }
 
 
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def read_rope(c: HFConfig) -> Rope:
     """Rotary settings in either form: ``rope_theta`` + ``rope_scaling``, or transformers 5's ``rope_parameters``."""
-    given = c.mapping("rope_parameters")
-    scaling = given or c.mapping("rope_scaling")
+    new, old = c.mapping("rope_parameters"), c.mapping("rope_scaling")
+    scaling = {k: v for k, v in (new or old).items() if v is not None}
     theta = scaling.get("rope_theta", c.raw("rope_theta"))
     if theta is None:
         raise c.missing("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise c.wrong("rope_theta", theta, "a number")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
+    if kind not in _ROPE_NUMBERS:
         raise c.wrong("rope_scaling.rope_type", kind, "default, linear or llama3")
-    number = (lambda k: float(scaling[k])) if kind == "llama3" else (lambda k: 0.0)
-    length = int(scaling["original_max_position_embeddings"]) if kind == "llama3" else 0
-    factor = float(scaling["factor"]) if kind != "default" else 1.0
-    return Rope(float(theta), kind, factor, number("low_freq_factor"), number("high_freq_factor"), length)
+    unknown = sorted(set(scaling) - {"rope_type", "type", "rope_theta", *_ROPE_NUMBERS[kind]})
+    if unknown:
+        raise c.wrong(f"rope_scaling.{unknown[0]}", scaling[unknown[0]], f"no such setting with rope_type={kind!r}")
+
+    def number(name: str) -> float:
+        if name not in scaling:
+            raise c.missing(f"rope_scaling.{name}")
+        if isinstance(scaling[name], bool) or not isinstance(scaling[name], int | float):
+            raise c.wrong(f"rope_scaling.{name}", scaling[name], "a number")
+        return float(scaling[name])
+
+    given = {name: number(name) for name in _ROPE_NUMBERS[kind]}
+    return Rope(
+        float(theta),
+        kind,
+        given.get("factor", 1.0),
+        given.get("low_freq_factor", 0.0),
+        given.get("high_freq_factor", 0.0),
+        int(given.get("original_max_position_embeddings", 0)),
+    )
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

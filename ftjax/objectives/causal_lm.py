@@ -27,7 +27,7 @@ def shift(batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
     pad = ((0, 0), (0, 1))
     targets = jnp.pad(batch.tokens[:, 1:], pad)
     same = batch.segments[:, 1:] == batch.segments[:, :-1]
-    return targets, jnp.pad(batch.weights[:, 1:] * same, pad)
+    return targets, jnp.pad(jnp.where(same, batch.weights[:, 1:], 0.0), pad)
 
 
 def model_inputs(batch: TokenBatch) -> dict[str, jax.Array]:
@@ -63,5 +63,6 @@ class CausalLM(Component):
         targets, weights = shift(batch)
         token = output.nll(targets, smoothing=hyper.get("label_smoothing", 0.0))
         total = weights.sum()
-        metrics = {"mean_token_accuracy": ((token.correct * (weights > 0)).sum(), (weights > 0).sum().astype(jnp.float32))}
+        trained = (weights > 0).astype(jnp.float32)
+        metrics = {"mean_token_accuracy": ((token.correct * trained).sum(), trained.sum())}
         return LossOutput({"nll": (token.nll * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))})

@@ -8,11 +8,13 @@ y = x W + b + s * drop(x) A B,   A [in, r], B [r, out],   s = alpha / r, or alph
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from pydantic import Field
 
@@ -20,6 +22,8 @@ from ftjax.errors import ConfigError
 from ftjax.ops import dense
 from ftjax.params import ParamSpec, Store, Table, key_of, ranged, spec_of, unranged
 from ftjax.peft.base import CONST, FROZEN, Overlay, select, subset
+from ftjax.peft.interop import Tensors, check_settings
+from ftjax.peft.modules import Module, ModuleCodec, Targets, for_module
 from ftjax.registry import register
 from ftjax.schema import Component
 from ftjax.tree import Rules
@@ -48,6 +52,12 @@ class LoRADelta:
             x = dropout(x, self.rate, key)
         z = x @ self.a.astype(x.dtype) * self.scale.astype(x.dtype)
         return y + (z @ self.b.astype(x.dtype)).astype(y.dtype)
+
+    def axes(self, spec: ParamSpec) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of each array: A is split as the weight's input side, B as its output side."""
+        *lead, inner, outer = spec.axes
+        axes = {"a": (*lead, inner, "rank"), "b": (*lead, "rank", outer), "scale": (*lead,)}
+        return axes | ({"rate": (*lead,)} if self.rate is not None else {})
 
     def merge(self, base: jax.Array) -> jax.Array:
         """W + s A B, float32 (leading dimensions allowed)."""
@@ -81,6 +91,100 @@ def draw_a(key: jax.Array, path: str, spec: ParamSpec, rank: int) -> jax.Array:
     return jax.vmap(lambda i: layer(jax.random.fold_in(key, i)))(jnp.arange(r.start, r.stop))
 
 
+class LoRACodec(ModuleCodec):
+    """LoRA in PEFT's format: ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] per module."""
+
+    peft_type = "LORA"
+
+    _READ = (
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
+        "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "eva_config", "qalora_group_size",
+    )  # fmt: skip
+    # PiSSA, OLoRA, CorDA and LoftQ also change the base's weights, which an adapter folder does not hold.
+    _NEUTRAL: ClassVar = {
+        "bias": ("none",),
+        "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+        "megatron_core": ("megatron.core",),
+    }
+
+    def refuse(self, config: Mapping[str, Any]) -> list[str]:
+        """See `Codec`."""
+        lines = check_settings(config, read=self._READ, neutral=self._NEUTRAL)
+        patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+        if wrong := [f"{k}={v!r}  expected an object" for k, v in patterns.items() if not isinstance(v, dict)]:
+            return wrong
+        ranks = {"r": config.get("r"), **patterns["rank_pattern"]}
+        alphas = {"lora_alpha": config.get("lora_alpha"), **patterns["alpha_pattern"]}
+        lines += [f"{k}={v!r}  expected an integer above 0" for k, v in ranks.items() if type(v) is not int or v < 1]
+        bad = {k: v for k, v in alphas.items() if type(v) not in (int, float) or not 0 < v < math.inf}
+        lines += [f"{k}={v!r}  expected a number above 0" for k, v in bad.items()]
+        rate, rslora = config.get("lora_dropout", 0.0), config.get("use_rslora", False)
+        if type(rate) not in (int, float) or not 0 <= rate < 1:
+            lines.append(f"lora_dropout={rate!r}  expected a number of at least 0 and below 1")
+        return lines + ([] if type(rslora) is bool else [f"use_rslora={rslora!r}  expected true or false"])
+
+    def _rank(self, config: Mapping[str, Any], name: str) -> int:
+        return for_module(name, config.get("rank_pattern"), config["r"])
+
+    def shapes(self, config: Mapping[str, Any], module: Module) -> dict[str, tuple[int, ...]]:
+        """See `ModuleCodec`."""
+        (inner, outer), rank = module.spec.shape, self._rank(config, module.name)
+        return {"lora_A.weight": (rank, inner), "lora_B.weight": (outer, rank)}
+
+    def arrays(self, entry: LoRADelta) -> Tensors:
+        """See `ModuleCodec`."""
+        return {"lora_A.weight": np.asarray(entry.a).T, "lora_B.weight": np.asarray(entry.b).T}
+
+    def entry(self, config: Mapping[str, Any], module: Module, arrays: Tensors) -> LoRADelta:
+        """See `ModuleCodec`."""
+        rank = self._rank(config, module.name)
+        alpha = for_module(module.name, config.get("alpha_pattern"), config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        rate = config.get("lora_dropout") or None
+        a, b = arrays["lora_A.weight"].T, arrays["lora_B.weight"].T
+        return LoRADelta(a, b, np.float32(scale), rate if rate is None else np.float32(rate))
+
+    def settings(self, method: LoRA, entries: Mapping[str, LoRADelta]) -> dict[str, Any]:
+        """Ranks and scales are the overlay's own: a sweep may have varied them, or padded the ranks with zeros."""
+        ranks = {name: entry.a.shape[-1] for name, entry in entries.items()}
+        alphas = {
+            name: _decimal(entry.scale, math.sqrt(ranks[name]) if method.rslora else ranks[name])
+            for name, entry in entries.items()
+        }
+        (r, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
+        rate = next(iter(entries.values())).rate
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0 if rate is None else float(_decimal(rate, 1)),
+            "use_rslora": method.rslora,
+            "rank_pattern": {name: x for name, x in ranks.items() if x != r},
+            "alpha_pattern": {name: x for name, x in alphas.items() if x != alpha},
+            "use_dora": False,
+            "bias": "none",
+            "init_lora_weights": True,
+            "modules_to_save": None,
+        }
+
+    def method(self, config: Mapping[str, Any], targets: Targets) -> LoRA:
+        """See `ModuleCodec`."""
+        return LoRA(
+            rank=config["r"],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=targets.unnumbered,
+            layers=targets.layers,
+            rslora=config.get("use_rslora", False),
+        )
+
+
+def _decimal(x: Any, factor: float) -> float:
+    """The shortest decimal number d with float32(d / factor) == x; an int where it is whole."""
+    exact = float(x) * factor
+    shortest = next(d for n in range(1, 18) if np.float32((d := float(f"{exact:.{n}g}")) / factor) == x)
+    return int(shortest) if shortest.is_integer() else shortest
+
+
 @register("peft")
 class LoRA(Component):
     """Low-rank update beside each targeted weight."""
@@ -88,6 +192,7 @@ class LoRA(Component):
     mergeable: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = True
     hf_type: ClassVar[str | None] = "LORA"
+    hf_codec: ClassVar[LoRACodec] = LoRACodec()
 
     name: Literal["lora"] = "lora"
     rank: int = Field(8, gt=0, description="Rank r of the update.")

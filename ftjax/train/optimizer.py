@@ -67,7 +67,9 @@ def learning_rate(schedule: str, hyper: dict[str, Any], step: jax.Array) -> jax.
     return hyper["lr"] * jnp.where(t < warm, t / jnp.maximum(warm, 1.0), scale)
 
 
-def _rule(spec: OptimSpec, lr: jax.Array, decay: jax.Array | float, hyper: dict[str, Any]) -> optax.GradientTransformation:
+def _rule(
+    spec: OptimSpec, lr: jax.Array, decay: jax.Array | float, hyper: dict[str, Any]
+) -> optax.GradientTransformation:
     """One group's update rule, decoupled weight decay included."""
     core = {
         "adamw": lambda: optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"]),

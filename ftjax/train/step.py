@@ -99,12 +99,16 @@ class Program:
             value, sums, extra = jax.tree.map(lambda x: x.sum(0), stacked)
         return self._update(state, grads, mutable, value, sums, extra, weights)
 
-    def _update(self, state: State, grads: Any, mutable: Any, value: Any, sums: Any, extra: Any, weights: Any) -> tuple[State, Metrics]:
-        norm = optax.global_norm(grads)
+    def _update(
+        self, state: State, grads: Any, mutable: Any, value: Any, sums: Any, extra: Any, weights: Any
+    ) -> tuple[State, Metrics]:
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         if self.optim.clip:
             grads = clip_by_norm(grads, norm, state.hyper["clip"])
-        updates, opt = make_tx(self.optim, self.groups, state.hyper, state.step).update(grads, state.opt, state.trainable)
+        tx = make_tx(self.optim, self.groups, state.hyper, state.step)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises our float32 decay rates to its int32 step count
+            updates, opt = tx.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         nxt = state.replace(

@@ -1,0 +1,76 @@
+"""The library's front door: load, save, merge and generate, re-exported as ``ftjax.<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ftjax.generate.api import generate as _generate
+from ftjax.models import hf
+from ftjax.models.base import Model
+from ftjax.params import Store, bounds, cut
+from ftjax.peft import base as peft
+from ftjax.peft.interop import load_adapter
+
+
+def load_pretrained(
+    path_or_id: str | Path, dtype: str = "float32", adapter: str | Path | None = None
+) -> tuple[Model, Store]:
+    """Loads a model folder or hub id, optionally with an adapter laid over it.
+
+    Args:
+      path_or_id: local folder in Hugging Face layout (config.json, safetensors), or a hub id.
+      dtype: of parameters and computation, "float32" or "bfloat16".
+      adapter: folder in Hugging Face PEFT format.
+
+    Returns:
+      (model, params): ``model.apply(params, {"input_ids": [B, T], "attention_mask": [B, T]}).logits``.
+
+    Raises:
+      DataError: files are missing, damaged or do not fit; nothing is loaded in part.
+    """
+    model, params = hf.load(str(path_or_id), dtype=dtype)
+    if adapter is None:
+        return model, params
+    overlay = load_adapter(adapter, model.table, params).overlay
+    return model, peft.bind(cut(params, bounds(overlay)), overlay)
+
+
+def save_pretrained(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str | Path | None = None) -> Path:
+    """Writes a model folder that transformers opens.
+
+    Args:
+      model: as loaded.
+      params: plain weights; merge adapters first.
+      folder: created if absent.
+      tokenizer_from: folder whose tokenizer files are copied along.
+
+    Raises:
+      ConfigError: `params` holds adapters.
+    """
+    return hf.save(model, params, folder, tokenizer_from=tokenizer_from)
+
+
+def merge(model: Model, params: Store) -> Store:
+    """Folds the adapters in `params` into the weights, in float32; the result is plain weights in the base's dtype.
+
+    Raises:
+      ConfigError: the adapter cannot be merged (a prefix or an intervention).
+    """
+    return peft.merge(params, model.table)
+
+
+def generate(
+    model: Model,
+    params: Store,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    **sampling: Any,
+) -> list[str]:
+    """Continues each prompt; see `ftjax.generate.api.generate` for the sampling options (top_k, top_p, stop, seed)."""
+    return _generate(
+        model, params, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, **sampling
+    )

@@ -1,0 +1,200 @@
+"""Everything between a data set and its examples: read, type, encode, check, remember.
+
+prepared = prepare(task, Loader(max_length=512), tokenizer, seed=0, vocab_size=32000)
+prepared.train, prepared.eval                # Examples
+prepared.report.lines(), prepared.warnings   # for the console
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ftjax.config import Loader
+from ftjax.data.batches import Examples
+from ftjax.data.cache import Cache, Entry
+from ftjax.data.encode import Encoded, EncodeReport, encode
+from ftjax.data.formats import DatasetType, TypedRows, type_rows
+from ftjax.data.rows import BadRows, Row, row_hash
+from ftjax.data.task import Split, Task
+from ftjax.data.templates import resolve_template
+from ftjax.data.tokenizer import check_vocab, tokenizer_hash, tokenizer_warnings
+from ftjax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set ready for batches.
+
+    Attributes:
+      type: what its rows are.
+      train: training examples.
+      eval: held-out examples; may be empty.
+      report: what became of the training rows.
+      eval_report: what became of the held-out rows.
+      template: Jinja text of the chat template in use; "" if the rows are not conversations.
+      fingerprint: identity of the examples, for checkpoints (JSON-like).
+      warnings: texts for the user.
+    """
+
+    type: DatasetType
+    train: Examples
+    eval: Examples
+    report: EncodeReport
+    eval_report: EncodeReport
+    template: str
+    fingerprint: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is worth caching."""
+
+    type: DatasetType
+    train: Encoded
+    eval: Encoded
+    template: str
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    task: Task,
+    loader: Loader,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    *,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+) -> Prepared:
+    """Reads and encodes a data set.
+
+    Args:
+      task: the data set.
+      loader: max_length, truncation, loss_on, skip_bad.
+      tokenizer: a fast tokenizer.
+      seed: seed of the data order; enters the fingerprint only.
+      vocab_size: rows of the model's embedding, to check the tokenizer against.
+      use_cache: take encoded examples from the cache and store them there.
+
+    Raises:
+      ConfigError: an option does not fit the data.
+      DataError: files, rows, template or tokenizer are wrong, or nothing would be trained.
+    """
+    warnings = tokenizer_warnings(tokenizer)
+    if vocab_size is not None:
+        warnings += check_vocab(tokenizer, vocab_size)
+    parts = _parts(task, loader, tokenizer)
+    cache = Cache(task.name, parts) if use_cache else None
+    entry = cache.load() if cache else None
+    content = _thaw(entry) if entry else _build(task, loader, tokenizer)
+    if cache and not entry:
+        cache.store(*_freeze(content))
+    status = cache.status if cache else "off"
+    return Prepared(
+        type=content.type,
+        train=content.train.examples,
+        eval=content.eval.examples,
+        report=replace(content.train.report, cache=status),
+        eval_report=replace(content.eval.report, cache=status),
+        template=content.template,
+        fingerprint={**parts, "seed": seed, "examples": _identity(content.train.examples)},
+        warnings=warnings + content.train.report.warnings + content.warnings,
+    )
+
+
+def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    template = task.chat_template
+    try:
+        template = resolve_template(tokenizer, template)
+    except DataError:  # no template: an error only if the rows turn out to be conversations
+        template = ""
+    options = loader.model_dump(mode="json", include={"max_length", "truncation", "loss_on", "skip_bad"})
+    described = task.model_dump(mode="json") if hasattr(task, "model_dump") else {"name": task.name}  # type: ignore[attr-defined]
+    return {
+        "task": {k: v for k, v in described.items() if k != "metrics"},
+        "data": task.fingerprint(),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": hashlib.sha256(template.encode()).hexdigest() if template else "none",
+        "loader": options,
+    }
+
+
+def _build(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> _Content:
+    bad = BadRows(loader.skip_bad)
+    train, read = _typed(task, "train", bad)
+    if train is None:
+        raise DataError(f"data={task.name} has no training rows")
+    template = resolve_template(tokenizer, task.chat_template) if train.type.conversational else ""
+    encoded = encode(train, tokenizer, loader, template=template, wrap=task.wraps, bad=bad, read=read)
+    eval_bad = BadRows(loader.skip_bad)
+    held_out, read = _typed(task, "eval", eval_bad)
+    if held_out is None:
+        return _Content(train.type, encoded, Encoded(Examples.of(()), EncodeReport()), template, ())
+    if held_out.type != train.type:
+        raise DataError(
+            f"the held-out rows are {held_out.type}, the training rows {train.type}: the columns must agree"
+        )
+    encoded_eval = encode(
+        held_out, tokenizer, loader, template=template, wrap=task.wraps, bad=eval_bad, read=read, required=False
+    )
+    return _Content(train.type, encoded, encoded_eval, template, leak_warnings(train.rows, held_out.rows))
+
+
+def _typed(task: Task, split: Split, bad: BadRows) -> tuple[TypedRows | None, int]:
+    rows = task.examples(split, bad=bad)
+    read = len(rows) + bad.count
+    return (type_rows(rows, columns=task.columns, bad=bad), read) if rows else (None, read)
+
+
+def leak_warnings(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[str, ...]:
+    """A warning if held-out rows also stand, word for word, among the training rows."""
+    seen = {row_hash(row) for row in train}
+    leaked = [row for row in held_out if row_hash(row) in seen]
+    if not leaked:
+        return ()
+    share = len(leaked) / len(held_out)
+    return (
+        f"{len(leaked):,} of {len(held_out):,} held-out rows ({share:.1%}) are also in the training data, e.g. "
+        f"{leaked[0].origin}: the held-out loss is too good",
+    )
+
+
+def _identity(examples: Examples) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for array in (examples.offsets, examples.input_ids, examples.weights):
+        digest.update(np.ascontiguousarray(array).data)
+    return {"count": len(examples), "tokens": len(examples.input_ids), "sha256": digest.hexdigest()}
+
+
+_ARRAYS = ("input_ids", "weights", "offsets", "rows")
+
+
+def _freeze(content: _Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays = {f"{s}.{a}": getattr(getattr(content, s).examples, a) for s in ("train", "eval") for a in _ARRAYS}
+    meta = {
+        "type": asdict(content.type),
+        "template": content.template,
+        "warnings": content.warnings,
+        **{
+            s: {"origins": getattr(content, s).examples.origins, "report": getattr(content, s).report.as_dict()}
+            for s in ("train", "eval")
+        },
+    }
+    return arrays, meta
+
+
+def _thaw(entry: Entry) -> _Content:
+    def encoded(split: str) -> Encoded:
+        meta = entry.meta[split]
+        report = EncodeReport(**{**meta["report"], "warnings": tuple(meta["report"]["warnings"])})
+        arrays = {a: entry.arrays[f"{split}.{a}"] for a in _ARRAYS}
+        return Encoded(Examples(**arrays, origins=tuple(meta["origins"])), report)
+
+    kind = DatasetType(**entry.meta["type"])
+    return _Content(kind, encoded("train"), encoded("eval"), entry.meta["template"], tuple(entry.meta["warnings"]))

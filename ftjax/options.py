@@ -1,0 +1,158 @@
+"""The options of each verb of the command line, and the plain objects that they become.
+
+    parser = argparse.ArgumentParser()
+    generating(parser)
+    generate_args(parser.parse_args(["--run", "runs/x", "--prompt", "Hello"])).temperature == 0.0
+
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftjax.errors import ConfigError
+from ftjax.folders import run_folder
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """What `generate` was asked for. Exactly one of `run` and `model` is set."""
+
+    prompt: str
+    run: Path | None = None
+    model: str | None = None
+    adapter: Path | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FolderArgs:
+    """What `merge` and `export` were asked for: from a run folder to a new folder."""
+
+    run: Path
+    to: Path
+
+
+def configuring(parser: argparse.ArgumentParser) -> None:
+    """--config, overrides, --out."""
+    parser.add_argument("--config", metavar="X", help="a .py file with get_config(), or the config.json of a run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields to change; see `run.py explain a.b`")
+    parser.add_argument("--out", metavar="DIR", help="run folder (the same as out=DIR)")
+
+
+def training(parser: argparse.ArgumentParser) -> None:
+    """Those of `configuring`, and --allow-change."""
+    configuring(parser)
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="resume although this field differs from the run's config; repeatable",
+    )
+
+
+def _run_option(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--run", metavar="DIR", type=Path, required=required, help="run folder, e.g. runs/quickstart")
+
+
+def evaluating(parser: argparse.ArgumentParser) -> None:
+    """--run and overrides."""
+    _run_option(parser)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields to change, e.g. evaluate.examples=0")
+
+
+def generating(parser: argparse.ArgumentParser) -> None:
+    """What to answer with, the prompt, and how to sample."""
+    _run_option(parser, required=False)
+    parser.add_argument("--model", metavar="DIR", help="HF model folder or hub id, instead of a run")
+    parser.add_argument("--adapter", metavar="DIR", type=Path, help="HF PEFT folder laid over --model")
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt; without it standard input is read")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default 128)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token")
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest; 0 (default): all"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest share P of mass"
+    )
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end at this text; repeatable")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the sampling")
+
+
+def writing(parser: argparse.ArgumentParser) -> None:
+    """From a run folder to a new folder."""
+    _run_option(parser)
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="new folder")
+
+
+def explaining(parser: argparse.ArgumentParser) -> None:
+    """A dotted path."""
+    parser.add_argument("path", nargs="?", default="", help="dotted path, e.g. optim.lr, peft, peft.rank")
+
+
+def copying(parser: argparse.ArgumentParser) -> None:
+    """From a config to a new file."""
+    parser.add_argument("source", help="a config, by path or name")
+    parser.add_argument("target", type=Path, help="new file")
+
+
+def nothing(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def generate_args(args: argparse.Namespace) -> GenerateArgs:
+    """The checked request; the prompt is read from standard input if it is not given.
+
+    Raises:
+      ConfigError: with every option that is wrong.
+    """
+    problems = list(_generate_problems(args))
+    if problems:
+        raise ConfigError("generate", problems)
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    if not prompt:
+        raise ConfigError("generate: the prompt is empty; give --prompt TEXT or pipe text in")
+    options = {k: v for k, v in vars(args).items() if k not in ("prompt", "run", "stop")}
+    run = run_folder(args.run) if args.run else None
+    return GenerateArgs(prompt=prompt, run=run, stop=tuple(args.stop), **options)
+
+
+def _generate_problems(args: argparse.Namespace) -> Iterator[str]:
+    if bool(args.run) == bool(args.model):
+        yield "--run, --model  give one of them: a run folder, or a model folder with or without --adapter"
+    if args.adapter and not args.model:
+        yield f"--adapter {args.adapter}  needs --model; a run has its adapter already"
+    if args.prompt is None and sys.stdin.isatty():
+        yield "--prompt  is missing, and nothing is piped in"
+    if args.max_new_tokens < 1:
+        yield f"--max-new-tokens {args.max_new_tokens}  expected at least 1"
+    if not 0 <= args.temperature < float("inf"):
+        yield f"--temperature {args.temperature:g}  expected a number >= 0"
+    if args.top_k < 0:
+        yield f"--top-k {args.top_k}  expected at least 1, or 0 for all"
+    if not 0 < args.top_p <= 1:
+        yield f"--top-p {args.top_p:g}  expected a share > 0 and <= 1"
+    if not 0 <= args.seed < 2**31:
+        yield f"--seed {args.seed}  expected 0 to {2**31 - 1}"
+
+
+def folder_args(args: argparse.Namespace) -> FolderArgs:
+    """The checked folders.
+
+    Raises:
+      ConfigError: the run is none, or the target is in use.
+    """
+    if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
+        raise ConfigError(f"--to {args.to}: it exists already and is not an empty folder; name a new one")
+    return FolderArgs(run=run_folder(args.run), to=args.to)

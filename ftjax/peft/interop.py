@@ -1,0 +1,233 @@
+"""Adapter folders as Hugging Face PEFT reads and writes them: adapter_config.json + adapter_model.safetensors.
+
+    save_adapter("out", overlay, model.table, LoRA(rank=8), base_path="my/llama")
+    file = load_adapter("out", model.table, params)          # file.method, file.overlay
+
+A method that has such a format carries a `Codec` as its class attribute ``hf_codec``; that is all this module knows of
+methods, so that a new one is one file. Most store a few small arrays per adapted module: those subclass
+`ftjax.peft.modules.ModuleCodec`. Key names and shapes are those of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ftjax.errors import ConfigError, DataError, aligned, did_you_mean
+from ftjax.params import Store, Table
+from ftjax.peft.base import Overlay
+from ftjax.registry import known
+from ftjax.safefiles import open_tensors, read_json
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_DESCRIPTIVE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+
+Tensors = dict[str, np.ndarray]
+
+
+@dc.dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder holds.
+
+    Attributes:
+      method: the method with the file's settings; `overlay` is the truth where they cannot say all (per-module ranks).
+      overlay: float32 entries keyed as the table, stacked over adjoining layers.
+      base_path: the model that the file says it belongs to; a name for people, never opened.
+    """
+
+    method: Any
+    overlay: Overlay
+    base_path: str
+
+
+class Codec:
+    """How one method stands in an adapter folder. Methods may share a ``peft_type`` and differ in what they refuse."""
+
+    peft_type: ClassVar[str]
+
+    def refuse(self, config: Mapping[str, Any]) -> list[str]:
+        """Why this method cannot honour a configuration, one line each; empty: it can."""
+        raise NotImplementedError
+
+    def encode(self, overlay: Overlay, table: Table, method: Any) -> tuple[dict[str, Any], Tensors]:
+        """(the method's part of adapter_config.json, tensors by their full names in the file)."""
+        raise NotImplementedError
+
+    def decode(self, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store) -> tuple[Any, Overlay]:
+        """(method, overlay); `params` for methods that need the base's values, not only its shapes.
+
+        Raises:
+          DataError: the tensors are not exactly those that the configuration and the table call for.
+        """
+        raise NotImplementedError
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def codecs() -> dict[str, list[Codec]]:
+    """The codecs of all registered methods, by peft_type."""
+    found: dict[str, list[Codec]] = {}
+    for cls in known("peft").values():
+        codec = getattr(cls, "hf_codec", None)
+        if codec is not None:
+            found.setdefault(codec.peft_type, []).append(codec)
+    return found
+
+
+def save_adapter(
+    folder: str | Path,
+    overlay: Overlay,
+    table: Table,
+    method: Any,
+    *,
+    base_path: str,
+    task_type: str = "CAUSAL_LM",
+    card: str = "",
+) -> Path:
+    """Writes an adapter folder that PEFT opens.
+
+    Args:
+      folder: created if absent.
+      overlay: the trained entries.
+      table: of the model they belong to.
+      method: the method that made them.
+      base_path: folder or hub id of the base model.
+      task_type: PEFT's name of the task, which decides the class that it opens the base with.
+      card: text of README.md; none is written when empty.
+
+    Raises:
+      ConfigError: the method has no such format.
+    """
+    codec = getattr(method, "hf_codec", None)
+    if codec is None:
+        able = ", ".join(name for name, cls in known("peft").items() if getattr(cls, "hf_codec", None))
+        raise ConfigError(f"peft={method.name} has no form in Hugging Face PEFT's format. Methods that have: {able}")
+    settings, tensors = codec.encode(overlay, table, method)
+    config = {
+        "peft_type": codec.peft_type,
+        "task_type": task_type,
+        "base_model_name_or_path": base_path,
+        "revision": None,
+        "auto_mapping": None,
+        "inference_mode": True,
+        **settings,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    solid = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    save_file(solid, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def load_adapter(folder: str | Path, table: Table, params: Store, *, base_path: str | None = None) -> AdapterFile:
+    """Reads an adapter folder against the model it is to be laid over; strict, nothing is loaded in part.
+
+    Args:
+      folder: in PEFT's format.
+      table: of the base model.
+      params: the base's parameters.
+      base_path: where the base came from; a warning is given when the file names another one.
+
+    Raises:
+      DataError: files are missing, damaged or a pickle; the type or a setting is not supported; tensors are missing,
+        extra, misshapen or not finite; a module is not in the model.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"no adapter folder at {folder}" + (" (a file is)" if folder.exists() else ""))
+    config = read_json(folder / CONFIG_FILE)
+    try:
+        codec = codec_for(config)
+        method, overlay = codec.decode(config, read_tensors(folder), table, params)
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from None
+    named = str(config.get("base_model_name_or_path") or "")
+    if base_path and named and _last(named) != _last(base_path):
+        warnings.warn(f"{folder} was made for {named!r}; it is laid over {base_path!r}", stacklevel=2)
+    return AdapterFile(method, overlay, named)
+
+
+def _last(path: str) -> str:
+    """The last part of a path or hub id, whichever system wrote it: folders move, their names rarely change."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1].lower()
+
+
+def codec_for(config: Mapping[str, Any]) -> Codec:
+    """The codec of the method that can honour an adapter_config.json.
+
+    Raises:
+      DataError: no such type, or settings that change what the adapter computes in a way that is not supported.
+    """
+    kind, table = str(config.get("peft_type")), codecs()
+    if kind not in table:
+        hint = did_you_mean(kind, table)
+        raise DataError(f"{CONFIG_FILE}: peft_type {kind!r} is not supported.{hint} Supported: {', '.join(table)}")
+    refused = []
+    for codec in table[kind]:
+        reasons = codec.refuse(config)
+        if not reasons:
+            return codec
+        refused.append(reasons)
+    raise DataError(listing(f"{CONFIG_FILE} has settings that cannot be honoured", min(refused, key=len)))
+
+
+def listing(title: str, lines: list[str], most: int = 20) -> str:
+    """A title and the first lines below it, for an error."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([title, *("  " + line for line in aligned(lines[:most], widest=80) + more)])
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of an adapter folder, in float32.
+
+    Raises:
+      DataError: there is no safetensors file, it is damaged, or a value is not finite.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        pickled = [n for n in ("adapter_model.bin", "adapter_model.pt") if (folder / n).exists()]
+        also = f"; {pickled[0]} is a pickle, which can run code when opened: convert it" if pickled else ""
+        raise DataError(f"no {WEIGHTS_FILE}{also}")
+    with open_tensors(path) as f:
+        raw = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    tensors = {name: x.astype(np.float32) if x.dtype.kind not in "iub" else x for name, x in raw.items()}
+    bad = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(f"{WEIGHTS_FILE} holds NaN or infinity: {', '.join(bad[:5])}{more}")
+    return tensors
+
+
+def check_settings(
+    config: Mapping[str, Any], *, read: Iterable[str], neutral: Mapping[str, tuple[Any, ...]]
+) -> list[str]:
+    """Lines for the settings of a configuration that would be ignored although they change something.
+
+    Args:
+      config: of the file.
+      read: names that the codec honours.
+      neutral: names of which only these values are harmless; of any other name only null, false and empty are.
+    """
+    lines = []
+    for name in sorted(set(config) - _DESCRIPTIVE - set(read)):
+        value, allowed = config[name], neutral.get(name, ())
+        if value in (None, False, [], {}) or any(type(value) is type(x) and value == x for x in allowed):
+            continue
+        expected = f"; supported: {', '.join(map(repr, allowed))}" if allowed else ""
+        lines.append(f"{name}={value!r}  is not supported{expected}")
+    return lines

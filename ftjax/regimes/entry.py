@@ -1,0 +1,118 @@
+"""Bodies of the verbs that need JAX: train, check, eval, generate, merge, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ftjax import api
+from ftjax.config import Run
+from ftjax.configfile import load
+from ftjax.data.tokenizer import load_tokenizer
+from ftjax.errors import ConfigError
+from ftjax.generate.api import stream
+from ftjax.generate.sampling import Sampling
+from ftjax.options import FolderArgs, GenerateArgs
+from ftjax.params import Store, join
+from ftjax.regimes.fit import compiled_step, introduce, restored_state
+from ftjax.report.card import model_card
+from ftjax.report.console import Console
+from ftjax.train.runfolder import RunFolder
+from ftjax.train.session import Evaluator, export, merged, write_model
+from ftjax.train.setup import Setup, prepare
+from ftjax.train.state import State
+
+
+def train(run: Run, allow_change: tuple[str, ...]) -> int:
+    """Trains or resumes."""
+    return run.regime.train(run, allow=allow_change)
+
+
+def check(run: Run) -> int:
+    """The dry run: everything up to the first step, compiled memory included; leaves no run folder behind."""
+    console = Console()
+    console.header(run)
+    setup = prepare(run, say=console.note)
+    introduce(setup, console)
+    compiled_step(setup, console)
+    console.note("nothing was trained; the same command without `check` trains")
+    return 0
+
+
+def _open(folder: Path, overrides: tuple[str, ...], console: Console) -> tuple[Setup, State, int]:
+    """A run folder's setup and the state it would export."""
+    run = load(folder / "config.json", [*overrides, f"out={folder}"])
+    setup = prepare(run, say=console.note)
+    state, step = restored_state(setup, RunFolder(folder, message=console.note), console.warn)
+    console.note(f"{folder}: step {step}")
+    return setup, state, step
+
+
+def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
+    """Held-out numbers of a run's best (or last) checkpoint."""
+    console = Console()
+    setup, state, step = _open(folder, overrides, console)
+    evaluator = Evaluator(setup, console.compiling)
+    numbers = evaluator.held_out(state)
+    answers, metrics = evaluator.answers(state)
+    console.evaluation(step, numbers | metrics)
+    console.samples([], answers)
+    return 0
+
+
+def generate(args: GenerateArgs) -> int:
+    """Streams the answer to one prompt."""
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.stop, args.seed)
+    model, params, tokenizer = _model_for(args)
+    for piece in stream(model, params, tokenizer, args.prompt, sampling):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _model_for(args: GenerateArgs) -> tuple[Any, Store, Any]:
+    """Model, parameters and tokenizer of a run folder or a model folder."""
+    if args.run is None:
+        assert args.model is not None
+        model, params = api.load_pretrained(args.model, adapter=args.adapter)
+        return model, params, load_tokenizer(args.model)
+    run = load(args.run / "config.json")
+    trained = args.run / "model"
+    if (trained / "config.json").exists():
+        return *api.load_pretrained(trained), load_tokenizer(trained)
+    adapter = args.run / "adapter"
+    if not (adapter / "adapter_config.json").exists():
+        raise ConfigError(f"{args.run} holds neither an adapter nor a model yet: it has not finished training")
+    base = run.model.folder
+    return *api.load_pretrained(base, dtype=run.model.dtype, adapter=adapter), load_tokenizer(base)
+
+
+def merge(args: FolderArgs) -> int:
+    """Writes a run's model with its adapter folded in."""
+    console = Console()
+    setup, state, step = _open(args.run, (), console)
+    _refuse_full(args.to)
+    write_model(setup, join(merged(setup, state)), args.to, card=_card(setup, step))
+    console.where({"model": args.to})
+    return 0
+
+
+def export_run(args: FolderArgs) -> int:
+    """Writes what a run trained: its adapter, or its model."""
+    console = Console()
+    setup, state, step = _open(args.run, (), console)
+    _refuse_full(args.to)
+    console.where({"exported": export(setup, state, args.to, card=_card(setup, step))})
+    return 0
+
+
+def _card(setup: Setup, step: int) -> str:
+    config = setup.run.model_dump(mode="json")
+    return model_card(run=config, before={}, after={}, fingerprint=setup.data.fingerprint, step=step)
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; nothing is overwritten")

@@ -1,0 +1,227 @@
+"""The default regime: one objective over one data set, from the first step to an exported adapter.
+
+Everything a user sees happens here, in order: the resolved run, parameters, memory, a preview of the trained tokens,
+compilation, progress, held-out numbers before and after, samples side by side, and where everything lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from ftjax.config import Run
+from ftjax.configfile import config_hash
+from ftjax.data.prefetch import prefetch_to_device
+from ftjax.data.preview import preview
+from ftjax.errors import CheckpointError
+from ftjax.registry import register
+from ftjax.report.card import model_card
+from ftjax.report.console import Console
+from ftjax.report.html import write_report
+from ftjax.report.memory import memory_report
+from ftjax.report.parameters import parameter_report
+from ftjax.schema import Component
+from ftjax.train.checkpoint import Checkpoints, Restored
+from ftjax.train.loop import Loop
+from ftjax.train.metrics import MetricLog, read_lines
+from ftjax.train.runfolder import RunFolder
+from ftjax.train.session import Answer, Evaluator, export
+from ftjax.train.setup import Setup, abstract_batch, compile_train, prepare
+from ftjax.train.state import State
+from ftjax.tree import nbytes
+
+
+@register("regime")
+class Fit(Component):
+    """Train once, evaluate before and after, export."""
+
+    name: Literal["fit"] = "fit"
+
+    def train(self, run: Run, *, allow: tuple[str, ...]) -> int:
+        """Runs or resumes a training run; returns the exit code."""
+        console = Console()
+        folder = RunFolder(run.folder, message=console.note)
+        with folder.begin(run, allow=allow) as start:
+            if start.resumed:
+                console.note(f"{run.folder} exists: continuing this run")
+            console.header(run)
+            setup = prepare(run, say=console.note)
+            introduce(setup, console)
+            step = compiled_step(setup, console)
+            _Job(setup, step, console, folder, allow).go()
+        return 0
+
+
+def introduce(setup: Setup, console: Console) -> None:
+    """Data counts, warnings, parameters and a preview of what is trained."""
+    for line in setup.data.report.lines():
+        console.note(line)
+    for text in setup.warnings:
+        console.warn(text)
+    s = setup.parts
+    console.parameters(parameter_report(setup.model.table, s.trainable, s.const, s.frozen, s.groups))
+    console.preview(preview(setup.data.train, setup.tokenizer, 2))
+
+
+def compiled_step(setup: Setup, console: Console) -> Any:
+    """The compiled train step, its memory shown."""
+    with console.compiling("train step"):
+        step = compile_train(setup)
+    console.memory(memory_of(setup, step))
+    return step
+
+
+def memory_of(setup: Setup, step: Any) -> Any:
+    """Bytes by component against the device."""
+    return memory_report(
+        frozen_bytes=nbytes(setup.frozen.store), trainable_bytes=nbytes(setup.state.trainable),
+        opt_bytes=nbytes(setup.state.opt), batch_bytes=nbytes(abstract_batch(setup)), compiled=step.memory_analysis(),
+    )  # fmt: skip
+
+
+@dc.dataclass
+class _Job:
+    """One process's work on a run folder."""
+
+    setup: Setup
+    step: Any
+    console: Console
+    folder: RunFolder
+    allow: tuple[str, ...]
+
+    def go(self) -> None:
+        """Restores, trains, evaluates, exports, reports."""
+        run, setup = self.setup.run, self.setup
+        log = MetricLog(self.folder.path, message=self.console.warn)
+        keep = run.checkpoint
+        with Checkpoints(
+            self.folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, message=self.console.warn
+        ) as checkpoints:
+            self.log, self.checkpoints = log, checkpoints
+            self.evaluator = Evaluator(setup, self.console.compiling)
+            restored = checkpoints.restore(setup.state)
+            log.truncate_after(restored.step if restored else None)
+            state = self._resume(restored) if restored else setup.state
+            start = restored.step if restored else 0
+            before = self._measure(state, 0) if start == 0 else self._logged(0)
+            state = self._train(state, start, restored)
+            checkpoints.wait()
+            self._finish(state, before)
+        log.close()
+
+    # Resuming ----------------------------------------------------------------------------------------------------------
+
+    def _resume(self, restored: Restored) -> State:
+        allowed = tuple(a.removeprefix("data.") for a in self.allow)
+        self.setup.batches.check_fingerprint(restored.extra["fingerprint"], allow=allowed)
+        self.setup.batches.restore(restored.extra["data"])
+        self.console.note(f"resuming after step {restored.step} of {self.setup.run.train.steps}")
+        # Numbers of the config hold, also where a change of them was allowed.
+        return restored.state.replace(hyper=self.setup.state.hyper)
+
+    def _logged(self, step: int) -> dict[str, float]:
+        lines = read_lines(self.folder.metrics)
+        return next((r for r in lines if r["event"] == "eval" and r["step"] == step), {})
+
+    # Training ----------------------------------------------------------------------------------------------------------
+
+    def _train(self, state: State, start: int, restored: Restored | None) -> State:
+        run, setup = self.setup.run, self.setup
+        if start >= run.train.steps:
+            self.console.note(f"already trained for {start} steps")
+            return state
+        batch = setup.placement.batch(1)
+        source = prefetch_to_device(
+            setup.batches, lambda b: jax.device_put(b, batch), run.loader.prefetch, say=self.console.warn
+        )
+        with self.console.progress(run.train.steps, start=start, log_every=run.train.log_every) as progress:
+
+            def show(step: int, numbers: dict[str, float], timing: dict[str, float]) -> None:
+                progress.update(
+                    step, loss=numbers["loss"], lr=numbers["lr"], grad_norm=numbers["grad_norm"],
+                    tokens_per_s=timing["tokens_per_s"], data_wait=timing["data_wait"], seconds=timing["seconds"],
+                )  # fmt: skip
+
+            loop = Loop(
+                setup, self.step, source, self._rows_of, self.log, self.checkpoints, self._evaluate, show,
+                self.console.warn, setup.batches.fingerprint,
+            )  # fmt: skip
+            if restored:
+                loop.progress.restore(restored.extra["progress"])
+            try:
+                state = loop.run(state, start=start)
+            finally:
+                source.close()
+                setup.batches.close()
+        if loop.progress.early_stop.exhausted:
+            best = loop.progress.early_stop.best_step
+            self.console.note(f"stopped early: no improvement since step {best}")
+        return state
+
+    def _rows_of(self, step: int) -> Iterator[str]:
+        source, examples = self.setup.batches.source, self.setup.data.train
+        rows = source.rows_of(step).ravel().tolist()
+        return (examples[i].origin for i in itertools.chain.from_iterable(source.row(r) for r in rows))
+
+    def _evaluate(self, state: State, step: int) -> float:
+        return self._measure(state, step).get("loss", float("nan"))
+
+    def _measure(self, state: State, step: int) -> dict[str, float]:
+        """Held-out numbers and answers at a step, logged."""
+        numbers = self.evaluator.held_out(state)
+        answers, metrics = self.evaluator.answers(state)
+        numbers |= metrics
+        if numbers:
+            self.log.metrics("eval", step, numbers)
+            self.console.evaluation(step, numbers)
+        for a in answers:
+            self.log.sample(step, dc.asdict(a))
+        return numbers
+
+    # The end -----------------------------------------------------------------------------------------------------------
+
+    def _finish(self, state: State, before: dict[str, float]) -> None:
+        run, setup = self.setup.run, self.setup
+        last = int(state.step)
+        best = self.checkpoints.best_step
+        chosen = best if best is not None and run.checkpoint.keep_best else last
+        if chosen != last:
+            self.console.note(f"exporting step {chosen}, which has the best held-out loss")
+            state = self.checkpoints.load(chosen, setup.state).state
+        after = self._logged(chosen) or self._measure(state, chosen)
+        card = model_card(run=json.loads(run.model_dump_json()), before=before, after=after, fingerprint=setup.data.fingerprint, step=chosen)
+        target = export(setup, state, self.folder.path, card=card)
+        self.console.comparison(before, after)
+        first, final = self._samples(0), self._samples(chosen)
+        self.console.samples(first, final)
+        report = write_report(
+            self.folder.path, before=before, after=after, memory=memory_of(setup, self.step),
+            parameters=parameter_report(setup.model.table, setup.parts.trainable, setup.parts.const, setup.parts.frozen, setup.parts.groups),
+            preview=preview(setup.data.train, setup.tokenizer, 2),
+        )  # fmt: skip
+        where = {"run": self.folder.path, target.name: target, "report": report, "config": self.folder.config}
+        self.console.where(where | {"hash": Path(config_hash(run))})
+
+    def _samples(self, step: int) -> list[Answer]:
+        lines = read_lines(self.folder.samples)
+        return [Answer(r["prompt"], r["completion"], r["reference"]) for r in lines if r["step"] == step]
+
+
+def restored_state(setup: Setup, folder: RunFolder, message: Any) -> tuple[State, int]:
+    """The state a finished or interrupted run would export: its best step, or else its last.
+
+    Raises:
+      CheckpointError: the run has no checkpoint yet.
+    """
+    with Checkpoints(folder.checkpoints, message=message) as checkpoints:
+        best = checkpoints.best_step if setup.run.checkpoint.keep_best else None
+        found = checkpoints.load(best, setup.state) if best is not None else checkpoints.restore(setup.state)
+        if found is None:
+            raise CheckpointError(f"{folder.path} holds no checkpoint yet: train it first")
+        return found.state, found.step

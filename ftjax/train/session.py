@@ -1,0 +1,148 @@
+"""What a run does besides stepping: held-out loss, samples, export. Shared by training, `eval` and `merge`."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import params
+from ftjax.data.encode import encode_prompt
+from ftjax.data.pipeline import eval_batches, permutation
+from ftjax.data.task import Prompt
+from ftjax.evals.text import scores
+from ftjax.generate.api import generate_ids
+from ftjax.generate.sampling import Sampling
+from ftjax.models import hf
+from ftjax.models.sources import Pretrained
+from ftjax.peft.base import bind, merge
+from ftjax.peft.interop import save_adapter
+from ftjax.train.setup import Setup, compile_eval
+from ftjax.train.state import State
+
+
+@dc.dataclass(frozen=True)
+class Answer:
+    """A fixed prompt with what the model said and what was expected."""
+
+    prompt: str
+    completion: str
+    reference: str
+
+
+@dc.dataclass
+class Evaluator:
+    """Held-out loss and generation-based metrics of a run.
+
+    Attributes:
+      setup: the run.
+      compiling: context manager around compilation, given what is compiled.
+    """
+
+    setup: Setup
+    compiling: Callable[[str], Any]
+    _step: Any = None
+
+    @property
+    def rows(self) -> int:
+        """Rows per evaluation batch: as many as a micro-batch."""
+        return self.setup.run.train.batch // self.setup.run.train.accumulate
+
+    def compile(self) -> None:
+        """Compiles the evaluation step."""
+        with self.compiling("evaluation"):
+            self._step = compile_eval(self.setup, self.rows)
+
+    def held_out(self, state: State) -> dict[str, float]:
+        """Loss, perplexity and metrics over the held-out examples; empty when there are none."""
+        examples = self.setup.data.eval
+        limit = self.setup.run.evaluate.examples
+        if not len(examples):
+            return {}
+        if limit and limit < len(examples):
+            examples = examples.take(np.sort(permutation(len(examples), 0)[:limit]))
+        if self._step is None:
+            self.compile()
+        s, total = self.setup, None
+        for batch in eval_batches(examples, self.rows, s.batches.length, packing=s.run.loader.packing):
+            placed = jax.device_put(batch, s.placement.batch(0))
+            out = self._step(state, s.frozen, placed)
+            total = out if total is None else jax.tree.map(jnp.add, total, out)
+        host = jax.device_get(total)
+        return _summary(host, {k: float(v) for k, v in s.run.objective.coefficients().items()})
+
+    def answers(self, state: State) -> tuple[list[Answer], dict[str, float]]:
+        """Answers to the fixed held-out prompts, and the task's metrics over them."""
+        s, e = self.setup, self.setup.run.evaluate
+        wanted = max(e.generate, e.metric_examples if s.run.data.metrics else 0)
+        prompts: list[Prompt] = s.run.data.prompts(wanted) if wanted else []
+        if not prompts:
+            return [], {}
+        ids = [encode_prompt(p.prompt, s.tokenizer, s.data.template) for p in prompts]
+        room = s.model.config.max_position_embeddings - e.max_new_tokens
+        kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if len(i) <= room]
+        sampling = Sampling(max_new_tokens=e.max_new_tokens)
+        tokens = generate_ids(s.model, self.policy(state), s.tokenizer, [i for _, i in kept], sampling)
+        texts = [s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
+        found = [Answer(shown(p.prompt), t, p.reference) for (p, _), t in zip(kept, texts, strict=True)]
+        measured = found[: e.metric_examples]
+        values = scores(s.run.data.metrics, [a.completion for a in measured], [a.reference for a in measured])
+        return found[: e.generate], values
+
+    def policy(self, state: State) -> params.Store:
+        """The present model's parameters, adapters in place."""
+        store = self.setup.store(state)
+        return bind(store["base"], store["overlay"])
+
+
+def shown(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as text, conversations turn by turn."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _summary(host: Any, coef: dict[str, float]) -> dict[str, float]:
+    means = {k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["terms"].items()}
+    loss = sum(coef[k] * v for k, v in means.items())
+    extra = {k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["metrics"].items() if k != "num_tokens"}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **extra, "num_tokens": float(host["metrics"]["num_tokens"][0])}
+
+
+def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
+    """Writes what was trained: the adapter as a PEFT folder, or the whole model when the base itself was trained.
+
+    Args:
+      setup: the run.
+      state: what to export.
+      folder: the run folder; "adapter" or "model" is written in it.
+      card: text of its README.md.
+    """
+    store = jax.device_get(setup.store(state))
+    run = setup.run
+    if store["overlay"]:
+        target = folder / "adapter"
+        save_adapter(
+            target, params.join(store["overlay"]), setup.model.table, run.peft, base_path=run.model.label, card=card
+        )
+        return target
+    return write_model(setup, params.join(store["base"]), folder / "model", card=card)
+
+
+def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str) -> Path:
+    """Writes a plain model folder with tokenizer and card."""
+    dtype = jnp.dtype(setup.run.model.dtype) if isinstance(setup.run.model, Pretrained) else jnp.dtype(jnp.float32)
+    hf.save(setup.model, {k: np.asarray(v).astype(dtype) for k, v in store.items()}, folder)
+    setup.tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def merged(setup: Setup, state: State) -> params.Store:
+    """The run's weights with its adapter folded in."""
+    store = setup.store(state)
+    return merge(bind(store["base"], store["overlay"]), setup.model.table)

@@ -1,0 +1,174 @@
+"""From a config to everything a run needs: tokenizer, data, model, adapter, labels, mesh, compiled step.
+
+    setup = prepare(run, say=console)
+    compiled = compile_train(setup, console)
+    state, metrics = compiled(setup.state, setup.frozen, batch)
+
+Every problem that can be found before compiling is found here.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import config, params, tree
+from ftjax.data.batches import TokenBatch
+from ftjax.data.pipeline import Batches
+from ftjax.data.prepare import Prepared
+from ftjax.data.prepare import prepare as prepare_data
+from ftjax.data.tokenizer import check_vocab, load_tokenizer, tokenizer_warnings
+from ftjax.models.base import Model, Numerics
+from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
+from ftjax.peft.base import Overlay
+from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
+from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
+from ftjax.train.step import Program
+
+
+@dc.dataclass(frozen=True)
+class Setup:
+    """A run, ready to compile.
+
+    Attributes:
+      run: the config.
+      tokenizer: of the data and of generation.
+      data: encoded examples and what is known of them.
+      batches: training batches in order, resumable.
+      model: architecture with numerics.
+      parts: the labelled store, split.
+      program: pure step functions.
+      placement: shardings.
+      state: before the first step, placed.
+      frozen: placed.
+      warnings: for the user.
+    """
+
+    run: config.Run
+    tokenizer: Any
+    data: Prepared
+    batches: Batches
+    model: Model
+    parts: Parts
+    program: Program
+    placement: Placement
+    state: State
+    frozen: Frozen
+    warnings: tuple[str, ...]
+
+    def store(self, state: State) -> dict[str, Any]:
+        """The whole store with the trained leaves of `state`."""
+        return tree.combine(state.trainable, state.const, self.frozen.store)
+
+
+def numerics(compute: config.Compute) -> Numerics:
+    """The part of `compute` that a model reads."""
+    return Numerics(compute.dtype, compute.layers, compute.remat, compute.attention, compute.loss_chunk)
+
+
+def use_cache(compute: config.Compute) -> None:
+    """Turns on the persistent compilation cache, unless the environment names one already."""
+    if compute.cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(compute.cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def tokenizer_of(run: config.Run, folder: Path) -> Any:
+    """The run's tokenizer: the model's own, or one trained on the data and kept in the run folder."""
+    source = run.model.tokenizer
+    if source is not None:
+        return load_tokenizer(source)
+    own = folder / "tokenizer"
+    if not (own / "tokenizer.json").exists():
+        from ftjax.data.bpe import train_bpe
+
+        train_bpe(run.data.examples("train"), run.model.vocab, own)
+    return load_tokenizer(own)
+
+
+def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
+    """Builds everything up to compilation.
+
+    Raises:
+      FtjaxError: whatever in the config, data, weights or devices does not fit.
+    """
+    start_distributed(run.compute)
+    use_cache(run.compute)
+    mesh = make_mesh(run.mesh, jax.devices())
+    check_batch(mesh, run.train.batch, run.train.accumulate)
+    tokenizer = tokenizer_of(run, run.folder)
+    data = prepare_data(run.data, run.loader, tokenizer, seed=run.seed)
+    batches = Batches(
+        data.train, loader=run.loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
+        fingerprint=data.fingerprint, shard=(jax.process_index(), jax.process_count()),
+    )  # fmt: skip
+    say("loading the model")
+    model, base = run.model.load(numerics(run.compute), seed=run.seed, vocab=len(tokenizer))
+    warnings = (*data.warnings, *check_vocab(tokenizer, model.config.vocab_size), *tokenizer_warnings(tokenizer))
+    overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
+    base = params.cut(base, params.bounds(overlay))
+    parts = partition(base, overlay, model.table, run.peft.labels(model.table))
+    store = {"base": base, "overlay": overlay}
+    placement = Placement(mesh, axes_of_store(store, model.table))
+    warnings += tuple(f"not split over the mesh: {line}" for line in placement.idle(store)[:3])
+    program, state, frozen = assemble(run, model, parts)
+    return Setup(
+        run, tokenizer, data, batches, model, parts, program, placement,
+        jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings,
+    )  # fmt: skip
+
+
+def assemble(run: config.Run, model: Model, parts: Parts) -> tuple[Program, State, Frozen]:
+    """The step functions and the state before the first step."""
+    spec, hyper = OptimSpec.of(run.optim), hyper_of(run)
+    groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
+    rng = params.key_of(jax.random.key(run.seed), "train")
+    state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable={}, hyper=hyper)
+    # A real copy for the reference: it may not share buffers with what the step is given to consume.
+    frozen = Frozen(parts.frozen, jax.tree.map(jnp.copy, parts.trainable) if run.objective.needs_reference else None)
+    return Program(model, run.objective, spec, groups), state, frozen
+
+
+# Compilation -----------------------------------------------------------------------------------------------------------
+
+
+def abstract_batch(setup: Setup) -> TokenBatch:
+    """Shapes of one step's batch [M, B, T]."""
+    M = setup.run.train.accumulate
+    return _abstract((M, setup.run.train.batch // M, setup.batches.length))
+
+
+def _abstract(shape: tuple[int, ...]) -> TokenBatch:
+    ints = jax.ShapeDtypeStruct(shape, np.int32)
+    return TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct(shape, np.float32))
+
+
+def compile_train(setup: Setup) -> Any:
+    """The compiled train step ``(state, frozen, batch) -> (state, metrics)``; the state is donated."""
+    p = setup.placement
+    states, frozen = p.tree(setup.state), p.tree(setup.frozen)
+    batch = jax.tree.map(lambda _: p.batch(1), abstract_batch(setup))
+    step = jax.jit(
+        setup.program.train, donate_argnums=0, in_shardings=(states, frozen, batch), out_shardings=(states, p.replicated)
+    )
+    return step.lower(setup.state, setup.frozen, abstract_batch(setup)).compile()
+
+
+def compile_eval(setup: Setup, rows: int) -> Any:
+    """The compiled evaluation ``(state, frozen, batch [rows, T]) -> metrics``."""
+    p = setup.placement
+    batch = _abstract((rows, setup.batches.length))
+    placed = jax.tree.map(lambda _: p.batch(0), batch)
+    step = jax.jit(
+        setup.program.evaluate,
+        in_shardings=(p.tree(setup.state), p.tree(setup.frozen), placed),
+        out_shardings=p.replicated,
+    )
+    return step.lower(setup.state, setup.frozen, batch).compile()

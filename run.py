@@ -1,0 +1,10 @@
+"""The command line: `python run.py --config configs/quickstart.py` trains; `python run.py --help` shows the rest."""
+
+from __future__ import annotations
+
+import sys
+
+from ftjax.verbs import main
+
+if __name__ == "__main__":
+    sys.exit(main())

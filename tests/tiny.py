@@ -1,0 +1,121 @@
+"""Tiny models and batches for tests: a Llama of 4 layers, random token rows, a program put together without files."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import config, params
+from ftjax.data.batches import TokenBatch
+from ftjax.models.base import Model, Numerics
+from ftjax.models.llama import Llama, LlamaConfig, Rope
+from ftjax.objectives.causal_lm import CausalLM
+from ftjax.peft.lora import LoRA
+from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
+from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
+from ftjax.train.step import Program
+
+VOCAB, LENGTH = 96, 16
+
+
+def llama(numerics: Numerics | None = None, **changes: Any) -> Model:
+    """4 layers, 32 wide, 4 heads over 2 key heads."""
+    numbers = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5,
+        rope=Rope(1e4, "default", 1.0, 0.0, 0.0, 0), tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+        initializer_range=0.1,
+    )  # fmt: skip
+    return Llama(LlamaConfig(**(numbers | changes)), numerics or Numerics())
+
+
+def weights(model: Model, seed: int = 0) -> params.Store:
+    """Random weights of a model."""
+    return params.init_params(model.table, jax.random.key(seed), dtype=jnp.float32)
+
+
+def batch(rows: int, *, micro: int = 0, seed: int = 0, length: int = LENGTH) -> TokenBatch:
+    """Random rows with unequal prompts; every third row is two packed examples. [rows, T] or [micro, rows / micro, T]."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, VOCAB, (rows, length)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy()
+    segments = np.zeros_like(tokens)
+    loss = np.ones(tokens.shape, np.float32)
+    for i in range(rows):
+        loss[i, : rng.integers(1, 6)] = 0
+        if i % 3 == 2:
+            half = length // 2
+            segments[i, half:] = 1
+            positions[i, half:] -= half
+            loss[i, half] = 0
+    out = TokenBatch(tokens, positions, segments, loss)
+    if micro:
+        out = jax.tree.map(lambda x: x.reshape(micro, rows // micro, length), out)
+    return jax.tree.map(jnp.asarray, out)
+
+
+@dc.dataclass
+class Tiny:
+    """A run without files."""
+
+    model: Model
+    base: params.Store
+    overlay: dict[str, Any]
+    parts: Parts
+    program: Program
+    state: State
+    frozen: Frozen
+
+
+def tiny(
+    peft: Any = None, objective: Any = None, *, model: Model | None = None, base: Any = None, seed: int = 0,
+    optim: config.Optim | None = None, steps: int = 20, randomize: bool = False,
+) -> Tiny:  # fmt: skip
+    """Puts a model, a method and an objective together.
+
+    Args:
+      peft: a method; LoRA of rank 4 by default.
+      objective: CausalLM by default.
+      model: the tiny Llama by default.
+      base: its weights, random by default.
+      seed: of the overlay and dropout.
+      optim: optimizer settings.
+      steps: schedule length.
+      randomize: draw every trainable overlay leaf, so that nothing is zero.
+    """
+    peft, objective, model = peft or LoRA(rank=4), objective or CausalLM(), model or llama()
+    base = weights(model) if base is None else base
+    overlay = peft.init(params.key_of(jax.random.key(seed), "peft"), model.table, base)
+    base = params.cut(base, params.bounds(overlay))
+    parts = partition(base, overlay, model.table, peft.labels(model.table))
+    optim = optim or config.Optim(lr=1e-2, weight_decay=0.01)
+    run: Any = SimpleNamespace(optim=optim, train=config.Train(steps=steps), objective=objective)
+    spec, hyper = OptimSpec.of(optim), hyper_of(run)
+    groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
+    if randomize:
+        drawn = [
+            0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(9), i), x.shape)
+            for i, x in enumerate(jax.tree.leaves(parts.trainable))
+        ]
+        parts = parts.replace(trainable=jax.tree.unflatten(jax.tree.structure(parts.trainable), drawn))
+    rng = params.key_of(jax.random.key(seed), "train")
+    state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable={}, hyper=hyper)
+    snapshot = jax.tree.map(jnp.copy, parts.trainable) if objective.needs_reference else None
+    return Tiny(model, base, overlay, parts, Program(model, objective, spec, groups), state, Frozen(parts.frozen, snapshot))
+
+
+def largest(a: Any, b: Any) -> float:
+    """Largest absolute difference of two trees."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max((float(jnp.abs(x - y).max()) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.number)), default=0.0)
+
+
+def relative(a: Any, b: Any) -> float:
+    """Largest difference of two trees, leaf by leaf over the leaf's largest entry in `b`."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-12)) for x, y in pairs)
