@@ -115,7 +115,7 @@ class Model:
         """Every parameter and site, by path."""
         raise NotImplementedError
 
-    def apply(self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None) -> Output:
+    def apply(self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True) -> Output:
         """Runs the model on a batch; see the subclass for the inputs."""
         raise NotImplementedError
 
@@ -162,7 +162,9 @@ class Decoder(Model):
         """Compute dtype."""
         return jnp.dtype(self.numerics.dtype)
 
-    def apply(self, params: Store, inputs: dict[str, jax.Array], *, cache: Cache | None = None) -> Output:
+    def apply(
+        self, params: Store, inputs: dict[str, jax.Array], *, cache: Cache | None = None, first: bool = True
+    ) -> Output:
         """Hidden values and the head for a batch of token rows.
 
         Args:
@@ -170,6 +172,7 @@ class Decoder(Model):
           inputs: "input_ids" [B, T], and optionally "attention_mask" [B, T] (0 on padding, either side), or
             "positions", "segments" and "prompt_len" [B, T] for packed rows.
           cache: see `new_cache`; the tokens come after what it holds.
+          first: whether these tokens begin their sequence (all of it, or the prefill) rather than continue one.
 
         Returns:
           The output of the last T places; `cache` moved on when given.
@@ -177,7 +180,7 @@ class Decoder(Model):
         p = nest(params)
         ids = inputs["input_ids"]
         T = ids.shape[1]
-        seq = sequence(inputs, first=cache is None or "prefill" in inputs)
+        seq = sequence(inputs, first=first)
         seq = seq.replace(h=ops.embed(ids, p["embed"]["w"], self.dtype) * jnp.asarray(self.embed_scale, self.dtype))
         seq = _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
         cache = note(cache, seq)

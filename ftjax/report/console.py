@@ -67,7 +67,7 @@ class Console:
         )  # fmt: skip
         self._unfinished = ""
 
-    # What a run shows, in this order ------------------------------------------------------------------------------------
+    # What a run shows, in this order ----------------------------------------------------------------------------------
 
     def header(self, run: Run) -> None:
         """The resolved run in ten lines."""
@@ -157,7 +157,7 @@ class Console:
         """Something the user may want to know."""
         self.line(text)
 
-    # How it is shown ----------------------------------------------------------------------------------------------------
+    # How it is shown --------------------------------------------------------------------------------------------------
 
     @property
     def width(self) -> int:
@@ -204,10 +204,10 @@ class Console:
             text = self._cut(self.clean(span.text))
             if not self.color:
                 out.append(f"[[{text}]]" if span.trained else text)
-            else:  # a trained line break would be invisible
-                out.append(
-                    text.replace("\n", self.clean("↵\n")) if span.trained else text, TRAINED if span.trained else MASKED
-                )
+            elif span.trained:  # a trained line break would be invisible
+                out.append(text.replace("\n", self.clean("↵") + "\n"), TRAINED)
+            else:
+                out.append(text, MASKED)
         return out
 
     def _sample_table(self, found: Sequence[Sample], moments: Sequence[str]) -> Table:
@@ -251,7 +251,7 @@ class Console:
         if self.terminal or not begun:
             self.line(text)
         else:
-            self._write(text.removeprefix(begun).lstrip("\n") if not self.quiet else "")
+            self._write(text.removeprefix(begun))
 
 
 def _or_absent(text: str | None) -> str:

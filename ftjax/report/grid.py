@@ -78,7 +78,8 @@ def html(grid: Grid) -> str:
         f"<tr{' class=total' if i >= first_total else ''}>{cells(row, 'td')}</tr>" for i, row in enumerate(grid.rows)
     )
     note = f"<p class=note>{escape(visible(grid.note))}</p>" if grid.note else ""
-    return f"<div class=wide><table><thead><tr>{cells(grid.header, 'th')}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}"
+    head = f"<thead><tr>{cells(grid.header, 'th')}</tr></thead>"
+    return f"<div class=wide><table>{head}\n<tbody>{body}</tbody></table></div>{note}"
 
 
 def markdown(grid: Grid) -> str:

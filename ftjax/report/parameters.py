@@ -75,7 +75,6 @@ class ParameterReport:
             )
             for r in (*self.rows, *totals)
         ]
-        header = ("parameters", "tensors", "entries", "share", "bytes", "modules")
         return Grid("parameters", ("group", *header[1:]), tuple(rows), totals=2, words=frozenset({0, 5}))
 
 

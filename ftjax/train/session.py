@@ -17,7 +17,7 @@ from ftjax.data.encode import encode_prompt
 from ftjax.data.pipeline import eval_batches, permutation
 from ftjax.data.task import Prompt
 from ftjax.evals.text import scores
-from ftjax.generate.api import generate_ids
+from ftjax.generate.api import completion, generate_ids
 from ftjax.generate.sampling import Sampling
 from ftjax.models import hf
 from ftjax.models.sources import Pretrained
@@ -89,7 +89,7 @@ class Evaluator:
         kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if len(i) <= room]
         sampling = Sampling(max_new_tokens=e.max_new_tokens)
         tokens = generate_ids(s.model, self.policy(state), s.tokenizer, [i for _, i in kept], sampling)
-        texts = [s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
+        texts = [completion(s.tokenizer, i, t) for (_, i), t in zip(kept, tokens, strict=True)]
         found = [Answer(shown(p.prompt), t, p.reference) for (p, _), t in zip(kept, texts, strict=True)]
         measured = found[: e.metric_examples]
         values = scores(s.run.data.metrics, [a.completion for a in measured], [a.reference for a in measured])
