@@ -17,6 +17,7 @@ def get_config() -> Run:
         model=Scratch(
             family="llama",
             vocab=4096,
+            dtype="bfloat16",
             settings=(
                 "hidden_size=160",
                 "intermediate_size=448",

@@ -34,7 +34,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     (tmp_path / "configs/x.py").write_text(CONFIG)
     noted: list = []
     entry = types.ModuleType("ftjax.regimes.entry")
-    for name in ("train", "check", "evaluate", "generate", "merge", "export"):
+    for name in ("train", "check", "evaluate", "generate", "merge", "export_run"):
         setattr(entry, name, lambda *args, name=name: noted.append((name, *args)) or 0)
     monkeypatch.setitem(sys.modules, entry.__name__, entry)
     with registry.scratch():
@@ -85,10 +85,10 @@ def test_generate(calls, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("verb", ["merge", "export"])
-def test_merge_and_export(calls, capsys, verb):
+@pytest.mark.parametrize("verb, body", [("merge", "merge"), ("export", "export_run")])
+def test_merge_and_export(calls, capsys, verb, body):
     assert main([verb, "--run", "runs/x", "--to", "new"]) == 0
-    assert calls == [(verb, FolderArgs(run=Path("runs/x"), to=Path("new")))]
+    assert calls == [(body, FolderArgs(run=Path("runs/x"), to=Path("new")))]
     assert "--to runs: it exists already" in fails(capsys, verb, "--run", "runs/x", "--to", "runs")
 
 

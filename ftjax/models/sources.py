@@ -65,6 +65,7 @@ class Scratch(Component):
     name: Literal["scratch"] = "scratch"
     family: str = Field("llama", description="Model family, as config.json's model_type names it.")
     settings: tuple[str, ...] = Field((), description="Entries of config.json as name=value.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the exported weights.")
     tokenizer_path: str = Field("", description="Tokenizer folder; empty: a byte-level BPE trained on the data.")
     vocab: int = Field(4096, gt=256, description="Size of a newly trained vocabulary.")
 

@@ -15,8 +15,7 @@ from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
 from ftjax.options import FolderArgs, GenerateArgs
 from ftjax.params import Store, join
-from ftjax.regimes.fit import compiled_step, introduce, restored_state
-from ftjax.report.card import model_card
+from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.report.console import Console
 from ftjax.train.runfolder import RunFolder
 from ftjax.train.session import Evaluator, export, merged, write_model
@@ -94,7 +93,7 @@ def merge(args: FolderArgs) -> int:
     console = Console()
     setup, state, step = _open(args.run, (), console)
     _refuse_full(args.to)
-    write_model(setup, join(merged(setup, state)), args.to, card=_card(setup, step))
+    write_model(setup, join(merged(setup, state)), args.to, card=card_of(setup, step, {}, {}))
     console.where({"model": args.to})
     return 0
 
@@ -104,13 +103,8 @@ def export_run(args: FolderArgs) -> int:
     console = Console()
     setup, state, step = _open(args.run, (), console)
     _refuse_full(args.to)
-    console.where({"exported": export(setup, state, args.to, card=_card(setup, step))})
+    console.where({"exported": export(setup, state, args.to, card=card_of(setup, step, {}, {}))})
     return 0
-
-
-def _card(setup: Setup, step: int) -> str:
-    config = setup.run.model_dump(mode="json")
-    return model_card(run=config, before={}, after={}, fingerprint=setup.data.fingerprint, step=step)
 
 
 def _refuse_full(folder: Path) -> None:

@@ -8,33 +8,32 @@ from __future__ import annotations
 
 import dataclasses as dc
 import itertools
-import json
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 from ftjax.config import Run
-from ftjax.configfile import config_hash
 from ftjax.data.prefetch import prefetch_to_device
 from ftjax.data.preview import preview
 from ftjax.errors import CheckpointError
+from ftjax.evals.ngram import bigram_loss
 from ftjax.registry import register
 from ftjax.report.card import model_card
 from ftjax.report.console import Console
 from ftjax.report.html import write_report
-from ftjax.report.memory import memory_report
-from ftjax.report.parameters import parameter_report
+from ftjax.report.memory import MemoryReport, device_bytes, memory_report
+from ftjax.report.parameters import ParameterReport, parameter_report
+from ftjax.report.samples import pair
 from ftjax.schema import Component
 from ftjax.train.checkpoint import Checkpoints, Restored
 from ftjax.train.loop import Loop
 from ftjax.train.metrics import MetricLog, read_lines
 from ftjax.train.runfolder import RunFolder
-from ftjax.train.session import Answer, Evaluator, export
-from ftjax.train.setup import Setup, abstract_batch, compile_train, prepare
+from ftjax.train.session import Answer, Evaluator, export, held_out_examples
+from ftjax.train.setup import Setup, compile_train, prepare
 from ftjax.train.state import State
-from ftjax.tree import nbytes
 
 
 @register("regime")
@@ -64,9 +63,24 @@ def introduce(setup: Setup, console: Console) -> None:
         console.note(line)
     for text in setup.warnings:
         console.warn(text)
-    s = setup.parts
-    console.parameters(parameter_report(setup.model.table, s.trainable, s.const, s.frozen, s.groups))
+    baseline = corpus_baseline(setup)
+    if baseline is not None:
+        console.note(f"a bigram model of the training tokens has a held-out loss of {baseline:.4f}")
+    console.parameters(parameters_of(setup))
     console.preview(preview(setup.data.train, setup.tokenizer, 2))
+
+
+def corpus_baseline(setup: Setup) -> float | None:
+    """Held-out loss of a bigram model, for corpora; None for other data."""
+    if not setup.run.data.wraps or not len(setup.data.eval):
+        return None
+    return bigram_loss(setup.data.train, held_out_examples(setup), setup.model.config.vocab_size)
+
+
+def parameters_of(setup: Setup) -> ParameterReport:
+    """What is trained and what is not."""
+    p = setup.parts
+    return parameter_report(setup.model.table, p.trainable, p.const, p.frozen, p.groups)
 
 
 def compiled_step(setup: Setup, console: Console) -> Any:
@@ -77,11 +91,12 @@ def compiled_step(setup: Setup, console: Console) -> Any:
     return step
 
 
-def memory_of(setup: Setup, step: Any) -> Any:
+def memory_of(setup: Setup, step: Any) -> MemoryReport:
     """Bytes by component against the device."""
     return memory_report(
-        frozen_bytes=nbytes(setup.frozen.store), trainable_bytes=nbytes(setup.state.trainable),
-        opt_bytes=nbytes(setup.state.opt), batch_bytes=nbytes(abstract_batch(setup)), compiled=step.memory_analysis(),
+        frozen_bytes=device_bytes(setup.frozen.store), trainable_bytes=device_bytes(setup.state.trainable),
+        opt_bytes=device_bytes(setup.state.opt), reference_bytes=device_bytes(setup.frozen.reference),
+        compiled=step.memory_analysis(), run=setup.run,
     )  # fmt: skip
 
 
@@ -195,22 +210,43 @@ class _Job:
             self.console.note(f"exporting step {chosen}, which has the best held-out loss")
             state = self.checkpoints.load(chosen, setup.state).state
         after = self._logged(chosen) or self._measure(state, chosen)
-        card = model_card(run=json.loads(run.model_dump_json()), before=before, after=after, fingerprint=setup.data.fingerprint, step=chosen)
+        card = card_of(setup, chosen, before, after, notes=self._spent(chosen))
         target = export(setup, state, self.folder.path, card=card)
         self.console.comparison(before, after)
-        first, final = self._samples(0), self._samples(chosen)
-        self.console.samples(first, final)
+        answers = self._samples(0), self._samples(chosen)
+        self.console.samples(*answers)
         report = write_report(
             self.folder.path, before=before, after=after, memory=memory_of(setup, self.step),
-            parameters=parameter_report(setup.model.table, setup.parts.trainable, setup.parts.const, setup.parts.frozen, setup.parts.groups),
-            preview=preview(setup.data.train, setup.tokenizer, 2),
+            parameters=parameters_of(setup), preview=preview(setup.data.train, setup.tokenizer, 2),
+            lines=read_lines(self.folder.metrics), samples=pair(*answers),
         )  # fmt: skip
-        where = {"run": self.folder.path, target.name: target, "report": report, "config": self.folder.config}
-        self.console.where(where | {"hash": Path(config_hash(run))})
+        where = {"run": self.folder.path, target.name: target, "report": report, "metrics": self.folder.metrics}
+        self.console.where(where | {"again": f"python run.py --config {self.folder.config}"})
+
+    def _spent(self, step: int) -> str:
+        """Tokens and time behind the exported weights."""
+        lines = [r for r in read_lines(self.folder.metrics) if r["event"] == "train" and r["step"] <= step]
+        tokens = sum(r.get("num_tokens", 0) for r in lines)
+        seconds = sum(r["seconds"] for r in read_lines(self.folder.timing) if r["step"] <= step)
+        where = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {os.cpu_count()} processor cores"
+        return f"Trained on {tokens:,.0f} tokens in {seconds / 60:.1f} minutes of steps, on {where}.{self._baseline()}"
+
+    def _baseline(self) -> str:
+        loss = corpus_baseline(self.setup)
+        return "" if loss is None else f" A bigram model of the training tokens has a held-out loss of {loss:.4f}."
 
     def _samples(self, step: int) -> list[Answer]:
         lines = read_lines(self.folder.samples)
         return [Answer(r["prompt"], r["completion"], r["reference"]) for r in lines if r["step"] == step]
+
+
+def card_of(
+    setup: Setup, step: int, before: dict[str, float], after: dict[str, float], *, notes: str = ""
+) -> str:
+    """The README.md of what a run exports."""
+    run = setup.run.model_dump(mode="json")
+    base = setup.run.model.label if setup.adapted else ""
+    return model_card(run=run, before=before, after=after, fingerprint=setup.data.fingerprint, step=step, base=base, notes=notes)
 
 
 def restored_state(setup: Setup, folder: RunFolder, message: Any) -> tuple[State, int]:

@@ -75,7 +75,8 @@ class ParameterReport:
             )
             for r in (*self.rows, *totals)
         ]
-        return Grid("parameters", ("group", *header[1:]), tuple(rows), totals=2, words=frozenset({0, 5}))
+        header = ("group", "tensors", "entries", "share", "bytes", "modules")
+        return Grid("parameters", header, tuple(rows), totals=2, words=frozenset({0, 5}))
 
 
 def parameter_report(table: Table, trainable: Any, const: Any, frozen: Any, groups: Any) -> ParameterReport:

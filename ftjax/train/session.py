@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import params
+from ftjax.data.batches import Examples
 from ftjax.data.encode import encode_prompt
 from ftjax.data.pipeline import eval_batches, permutation
 from ftjax.data.task import Prompt
@@ -20,7 +21,6 @@ from ftjax.evals.text import scores
 from ftjax.generate.api import completion, generate_ids
 from ftjax.generate.sampling import Sampling
 from ftjax.models import hf
-from ftjax.models.sources import Pretrained
 from ftjax.peft.base import bind, merge
 from ftjax.peft.interop import save_adapter
 from ftjax.train.setup import Setup, compile_eval
@@ -34,6 +34,14 @@ class Answer:
     prompt: str
     completion: str
     reference: str
+
+
+def held_out_examples(setup: Setup) -> Examples:
+    """The held-out examples that are used: all, or the same `evaluate.examples` every time."""
+    examples, limit = setup.data.eval, setup.run.evaluate.examples
+    if limit and limit < len(examples):
+        return examples.take(np.sort(permutation(len(examples), 0)[:limit]))
+    return examples
 
 
 @dc.dataclass
@@ -61,12 +69,9 @@ class Evaluator:
 
     def held_out(self, state: State) -> dict[str, float]:
         """Loss, perplexity and metrics over the held-out examples; empty when there are none."""
-        examples = self.setup.data.eval
-        limit = self.setup.run.evaluate.examples
+        examples = held_out_examples(self.setup)
         if not len(examples):
             return {}
-        if limit and limit < len(examples):
-            examples = examples.take(np.sort(permutation(len(examples), 0)[:limit]))
         if self._step is None:
             self.compile()
         s, total = self.setup, None
@@ -135,7 +140,7 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
 
 def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str) -> Path:
     """Writes a plain model folder with tokenizer and card."""
-    dtype = jnp.dtype(setup.run.model.dtype) if isinstance(setup.run.model, Pretrained) else jnp.dtype(jnp.float32)
+    dtype = jnp.dtype(setup.run.model.dtype)
     hf.save(setup.model, {k: np.asarray(v).astype(dtype) for k, v in store.items()}, folder)
     setup.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")

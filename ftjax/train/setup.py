@@ -63,6 +63,11 @@ class Setup:
     frozen: Frozen
     warnings: tuple[str, ...]
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an overlay is trained, rather than the base alone."""
+        return bool(jax.tree.leaves(self.state.trainable["overlay"]))
+
     def store(self, state: State) -> dict[str, Any]:
         """The whole store with the trained leaves of `state`."""
         return tree.combine(state.trainable, state.const, self.frozen.store)

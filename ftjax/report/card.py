@@ -1,0 +1,96 @@
+"""The README.md of an exported adapter or model: what it is, what it was trained on, how to open it.
+
+text = model_card(run=config, before={"loss": 3.9}, after={"loss": 2.1}, fingerprint=data.fingerprint, step=200)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from ftjax.report.grid import markdown
+from ftjax.report.samples import comparison
+from ftjax.report.units import visible
+
+PACKAGES = ("ftjax", "jax", "flax", "optax", "transformers")
+
+PEFT = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
+```
+
+```python
+import ftjax
+
+model, params = ftjax.load_pretrained("{base}", adapter="path/to/this/folder")
+```"""
+
+PLAIN = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+```python
+import ftjax
+
+model, params = ftjax.load_pretrained("path/to/this/folder")
+```"""
+
+
+def model_card(
+    *,
+    run: Mapping[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    step: int,
+    base: str = "",
+    notes: str = "",
+) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+      run: the config as JSON-like data.
+      before, after: held-out numbers; may be empty.
+      fingerprint: identity of the data.
+      step: optimizer steps behind these weights.
+      base: what an adapter is laid over; empty for a whole model.
+      notes: Markdown for the reader, after the description.
+    """
+    kind = "adapter" if base else "model"
+    front = [
+        f"library_name: {'peft' if base else 'transformers'}",
+        *([f"base_model: {json.dumps(base)}"] if base else []),
+        "tags:",
+        "- ftjax",
+        *([f"- {run['peft']['name']}"] if base else []),
+    ]
+    examples = fingerprint.get("examples", {})
+    counted = f"{examples.get('count', 0):,} examples, {examples.get('tokens', 0):,} tokens"
+    over = f" over `{visible(base)}`" if base else ""
+    described = (
+        f"A `{run['peft']['name']}` {kind}{over}, trained with the objective `{run['objective']['name']}` on "
+        f"`{run['data']['name']}` ({counted}; sha256 `{str(examples.get('sha256', ''))[:16]}`) for {step:,} steps of "
+        f"{run['train']['batch']} rows, seed {run['seed']}."
+    )
+    parts = ["---", *front, "---", "", f"# {run['name']}", "", described]
+    if notes:
+        parts += ["", notes]
+    if before or after:
+        parts += ["", "## Held-out results", "", markdown(comparison(before, after))]
+    versions = ", ".join(f"{p} {_version(p)}" for p in PACKAGES)
+    parts += ["", "## How to open it", "", PEFT.format(base=base) if base else PLAIN, "", "## How it was made", "", versions]
+    parts += ["", "```json", json.dumps(run, indent=2), "```", ""]
+    return "\n".join(parts)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return "(source)"
