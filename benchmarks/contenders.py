@@ -3,7 +3,7 @@
     python benchmarks/contenders.py ftjax --model 15m --folder /tmp/base      # then "run 5" and "quit" on stdin
 
 Both contenders load the same base from a folder and train on the same batches: LoRA r16 on all linear layers, AdamW,
-gradient clipping at 1, no dropout, float32. Whoever starts a process per contender gets peak memory that is its own, and no thread pool
+gradient clipping at 1, no dropout, float32. A process per contender has peak memory of its own, and no thread pool
 of one slows down the other.
 """
 
@@ -83,7 +83,9 @@ def peft_step(folder: Path, shape: Shape, _: argparse.Namespace) -> Step:
 
     torch.set_num_threads(THREADS)
     base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)

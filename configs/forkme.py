@@ -1,8 +1,8 @@
 """Start here: copy this file, change what you need, run it. Every field: `python run.py explain`.
 
-    python run.py cp forkme my.py
-    python run.py check --config my.py          # shows the tokens that are trained, parameters, memory; trains nothing
-    python run.py --config my.py
+python run.py cp forkme my.py
+python run.py check --config my.py          # shows the tokens that are trained, parameters, memory; trains nothing
+python run.py --config my.py
 """
 
 from ftjax.config import Checkpoint, Compute, Evaluate, Loader, Optim, Run, Train

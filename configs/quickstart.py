@@ -1,6 +1,6 @@
 """Teaches the embedded 2 M parameter Llama to write the docstring of a Python function, with LoRA, on a CPU.
 
-    python run.py --config configs/quickstart.py
+python run.py --config configs/quickstart.py
 """
 
 from ftjax.config import Checkpoint, Compute, Evaluate, Loader, Optim, Run, Train

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftjax.generate.api import generate as _generate
 from ftjax.models import hf
-from ftjax.models.base import Model
+from ftjax.models.base import Decoder, Model
 from ftjax.params import Store, bounds, cut
 from ftjax.peft import base as peft
 from ftjax.peft.interop import load_adapter
@@ -37,7 +37,9 @@ def load_pretrained(
     return model, peft.bind(cut(params, bounds(overlay)), overlay)
 
 
-def save_pretrained(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str | Path | None = None) -> Path:
+def save_pretrained(
+    model: Model, params: Store, folder: str | Path, *, tokenizer_from: str | Path | None = None
+) -> Path:
     """Writes a model folder that transformers opens.
 
     Args:
@@ -62,7 +64,7 @@ def merge(model: Model, params: Store) -> Store:
 
 
 def generate(
-    model: Model,
+    model: Decoder,
     params: Store,
     tokenizer: Any,
     prompts: Sequence[str],

@@ -152,9 +152,7 @@ class Compute(Component):
     remat: Literal["none", "dots", "full"] = Field(
         default="none", description="What is recomputed in the backward pass."
     )
-    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
-        default="auto", description="auto: the fastest that fits."
-    )
+    attention: Literal["auto", "xla"] = Field(default="auto", description="auto: the fastest that fits.")
     loss_chunk: int = Field(default=1024, ge=0, description="Tokens whose logits exist at once; 0: all.")
     cache: str = Field(default="~/.cache/ftjax/xla", description="Persistent compilation cache; empty: off.")
     distributed: bool = Field(default=False, description="Join the processes of several hosts (jax.distributed).")

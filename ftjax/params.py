@@ -95,9 +95,7 @@ def declare(module: nn.Module, *args: Any) -> Table:
 
 def stack(table: Table, n: int, name: str = "layers") -> Table:
     """The table of `n` equal layers: a leading layer dimension, keys ``layers[0:n]/...``."""
-    return {
-        f"{name}[0:{n}]/{k}": dc.replace(s, shape=(n, *s.shape), axes=("layer", *s.axes)) for k, s in table.items()
-    }
+    return {f"{name}[0:{n}]/{k}": dc.replace(s, shape=(n, *s.shape), axes=("layer", *s.axes)) for k, s in table.items()}
 
 
 # Keys with layer ranges ------------------------------------------------------------------------------------------------
@@ -151,9 +149,12 @@ def cut(store: Mapping[str, Any], at: Mapping[str, Iterable[int]]) -> Store:
         points = sorted({r.start, r.stop, *(x for x in at.get(r.stack, ()) if r.start < x < r.stop)})
         for lo, hi in zip(points, points[1:], strict=False):
             whole = (lo, hi) == (r.start, r.stop)
-            part = value if whole else jax.tree.map(lambda x, lo=lo, hi=hi: x[lo - r.start : hi - r.start], value)
-            out[str(dc.replace(r, start=lo, stop=hi))] = part
+            out[str(dc.replace(r, start=lo, stop=hi))] = value if whole else _layers(value, lo - r.start, hi - r.start)
     return out
+
+
+def _layers(value: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda x: x[start:stop], value)
 
 
 def join(store: Mapping[str, Any]) -> Store:
@@ -214,7 +215,11 @@ def spec_of(table: Table, key: str) -> ParamSpec:
     if r:
         for name, spec in table.items():
             whole = ranged(name)
-            if whole and (whole.stack, whole.rest) == (r.stack, r.rest) and whole.start <= r.start < r.stop <= whole.stop:
+            if (
+                whole
+                and (whole.stack, whole.rest) == (r.stack, r.rest)
+                and whole.start <= r.start < r.stop <= whole.stop
+            ):
                 return dc.replace(spec, shape=(r.stop - r.start, *spec.shape[1:]))
     raise KeyError(key)
 

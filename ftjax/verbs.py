@@ -132,7 +132,7 @@ def overview() -> str:
 # ------------------------------------------------------------------------------------------------ bodies
 def _entry() -> Any:
     """The module of bodies that train; imported late because it imports JAX."""
-    return importlib.import_module("ftjax.regimes.entry")
+    return importlib.import_module("ftjax.entry")
 
 
 def _load(args: argparse.Namespace) -> Run:

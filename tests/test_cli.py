@@ -33,7 +33,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/x.py").write_text(CONFIG)
     noted: list = []
-    entry = types.ModuleType("ftjax.regimes.entry")
+    entry = types.ModuleType("ftjax.entry")
     for name in ("train", "check", "evaluate", "generate", "merge", "export_run"):
         setattr(entry, name, lambda *args, name=name: noted.append((name, *args)) or 0)
     monkeypatch.setitem(sys.modules, entry.__name__, entry)
@@ -180,7 +180,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(*args: object) -> int:
         raise error
 
-    monkeypatch.setattr(sys.modules["ftjax.regimes.entry"], "train", body)
+    monkeypatch.setattr(sys.modules["ftjax.entry"], "train", body)
 
 
 @pytest.mark.parametrize("error, code", [(DataError("d"), 3), (CheckpointError("c"), 3), (DeviceError("v"), 4)])

@@ -60,6 +60,13 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert first(0) != first(0, skip=steps)
 
 
+def test_equal_lengths_get_new_neighbours_in_each_epoch() -> None:
+    same = Examples.of([Example(np.full(4, i, np.int32), np.ones(4, np.float32)) for i in range(1, 41)])
+    batches = Batches(same, loader=loader(), batch=1)
+    epochs = [{tuple(ids_in(batches.next())) for _ in range(batches.rows_per_epoch)} for _ in range(2)]
+    assert len(epochs[0]) == len(epochs[1]) == 10 and epochs[0] != epochs[1]
+
+
 def test_batches_straddle_epochs_and_are_always_full() -> None:
     batches = Batches(examples(), loader=loader(), batch=8)
     assert batches.rows_per_epoch % 8

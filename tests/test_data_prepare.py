@@ -180,6 +180,14 @@ def test_the_fingerprint_is_json_and_names_files(tmp_path: Path) -> None:
     batches.check_fingerprint(json.loads(json.dumps(batches.fingerprint)))
 
 
+def test_moved_data_are_the_same_data(tmp_path: Path) -> None:
+    first = make(write_jsonl(tmp_path / "a.jsonl", PAIRS))
+    (tmp_path / "elsewhere").mkdir()
+    moved = make(write_jsonl(tmp_path / "elsewhere" / "a.jsonl", PAIRS))
+    assert moved.fingerprint == first.fingerprint
+    assert moved.train[0].origin.startswith(str(tmp_path / "elsewhere"))  # and not from the cache of the other place
+
+
 def test_prompts_are_fixed_and_held_out(tmp_path: Path) -> None:
     task = Local(path=str(write_jsonl(tmp_path / "a.jsonl", CHATS)), eval_share=0.3)
     prompts = task.prompts(4)

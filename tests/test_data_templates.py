@@ -149,7 +149,7 @@ def test_endless_and_huge_templates_are_blocked(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - start < 10
     monkeypatch.setattr(limits.__wrapped__, "__defaults__", (60.0, 1 << 30))  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="blocked by sandbox: rendering took more than 1,024 MiB of memory"):
-        render_chats(tiny_tokenizer(), "{{ 'a' * (messages | length) * 9999999999 }}", [Chat(CHAT)])
+        render_chats(tiny_tokenizer(), "{{ 'a' * (messages | length) * 300000000 }}", [Chat(CHAT)])
     monkeypatch.setattr(templates, "MAX_RENDERED_CHARS", 1000)
     with pytest.raises(DataError, match="blocked by sandbox: it made 5,000 characters of one conversation"):
         render_chats(tiny_tokenizer(), "{{ 'a' * 1000 * (messages | length) }}", [Chat(CHAT)])

@@ -63,6 +63,8 @@ def test_vocabulary_must_fit() -> None:
     tokenizer = tiny_tokenizer()
     n = len(tokenizer)
     assert check_vocab(tokenizer, n) == ()
+    with pytest.raises(DataError, match="so 1 tokens have none"):
+        check_vocab(tokenizer, n - 1)
     with pytest.raises(
         DataError, match=rf"largest id is {n - 1} \(.*\), the model's embedding has {n - 2} rows, so 2 tokens have none"
     ):

@@ -24,7 +24,7 @@ LAYERS = (
     "parallel kernels",
     "models peft objectives data generate evals",
     "regimes train report",
-    "api verbs options envinfo run ftjax",
+    "api entry verbs options envinfo run ftjax",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 # Beyond the levels: who may not know of whom.

@@ -91,7 +91,10 @@ def test_the_chunked_loss_equals_the_plain_one(chunk):
 
     want, got, frozen = jax.grad(plain)(base), jax.grad(ours)(base), jax.grad(frozen_head)(base)
     assert relative(got, want) < 2e-5
-    assert relative({k: v for k, v in frozen.items() if k != "head/w"}, {k: v for k, v in want.items() if k != "head/w"}) < 2e-5
+    assert (
+        relative({k: v for k, v in frozen.items() if k != "head/w"}, {k: v for k, v in want.items() if k != "head/w"})
+        < 2e-5
+    )
     assert float(jnp.abs(frozen["head/w"]).max()) == 0
 
 
@@ -106,7 +109,12 @@ def test_identity_at_step_0_is_bit_for_bit():
 @pytest.mark.parametrize("peft", [LoRA(rank=4, dropout=0.2), Full()], ids=["lora", "full"])
 def test_scan_unroll_and_remat_agree(peft):
     results = []
-    for numerics in (Numerics(), Numerics(layers="unroll"), Numerics(remat="full"), Numerics(remat="dots", layers="unroll")):
+    for numerics in (
+        Numerics(),
+        Numerics(layers="unroll"),
+        Numerics(remat="full"),
+        Numerics(remat="dots", layers="unroll"),
+    ):
         t = tiny.tiny(peft, model=tiny.llama(numerics))
         results.append(run(t, batch(4, micro=1))[0].trainable)
     assert all(largest(r, results[0]) < 1e-5 for r in results[1:])
@@ -116,7 +124,9 @@ def test_a_layer_subset_leaves_the_other_layers_bare():
     t = tiny.tiny(LoRA(rank=4, layers=(1, 2)))
     bound = bind(t.base, t.overlay)
     assert {type(v).__name__ for k, v in bound.items() if k.startswith("layers[1:3]/q")} == {"Adapted"}
-    assert not any(type(v).__name__ == "Adapted" for k, v in bound.items() if k.startswith(("layers[0:1]", "layers[3:4]")))
+    assert not any(
+        type(v).__name__ == "Adapted" for k, v in bound.items() if k.startswith(("layers[0:1]", "layers[3:4]"))
+    )
     state, _, _ = run(t, batch(4, micro=1))
     assert largest(state.trainable, t.state.trainable) > 1e-4
 
@@ -142,7 +152,9 @@ def test_a_population_equals_separate_runs():
     base, data = tiny.weights(tiny.llama()), batch(4, micro=2)
     alone, states = [], []
     for seed, rank, lr in trials:
-        t = tiny.tiny(LoRA(rank=rank, alpha=8.0, dropout=0.1), base=base, seed=seed, optim=config.Optim(lr=lr), steps=steps)
+        t = tiny.tiny(
+            LoRA(rank=rank, alpha=8.0, dropout=0.1), base=base, seed=seed, optim=config.Optim(lr=lr), steps=steps
+        )
         state, metrics, _ = run(t, data, steps)
         alone.append((state, metrics["loss"], rank))
         states.append(pad_rank(t.state, 4))
@@ -185,7 +197,10 @@ def test_eight_devices_equal_one(sizes, peft):
     p = Placement(mesh, axes_of_store({"base": t.base, "overlay": t.overlay}, t.model.table))
     states, frozen = p.tree(t.state), p.tree(t.frozen)
     step = jax.jit(
-        t.program.train, in_shardings=(states, frozen, p.batch(1)), out_shardings=(states, p.replicated), donate_argnums=0
+        t.program.train,
+        in_shardings=(states, frozen, p.batch(1)),
+        out_shardings=(states, p.replicated),
+        donate_argnums=0,
     )
     state = jax.device_put(jax.tree.map(jnp.copy, t.state), states)
     held, placed = jax.device_put(t.frozen, frozen), jax.device_put(data, p.batch(1))
@@ -195,7 +210,11 @@ def test_eight_devices_equal_one(sizes, peft):
     assert abs(float(m1["loss"] - m8["loss"])) < 5e-6
     assert largest(state.trainable, want.trainable) < 3e-4
     if sizes == (1, 1, 2):
-        leaf = held.store["base"]["layers[0:4]/q/w"] if isinstance(peft, LoRA) else state.trainable["base"]["layers[0:4]/q/w"]
+        leaf = (
+            held.store["base"]["layers[0:4]/q/w"]
+            if isinstance(peft, LoRA)
+            else state.trainable["base"]["layers[0:4]/q/w"]
+        )
         assert leaf.sharding.shard_shape(leaf.shape) == (4, 32, 16)
 
 
@@ -215,9 +234,14 @@ def test_frozen_leaves_are_bit_identical_and_trained_ones_move():
     t = tiny.tiny(LoRA(rank=4))
     before = jax.tree.map(np.asarray, t.frozen)
     state, _, _ = run(t, batch(4, micro=1), 5)
-    assert all((np.asarray(a) == b).all() for a, b in zip(jax.tree.leaves(t.frozen), jax.tree.leaves(before), strict=True))
+    assert all(
+        (np.asarray(a) == b).all() for a, b in zip(jax.tree.leaves(t.frozen), jax.tree.leaves(before), strict=True)
+    )
     assert largest(state.const, t.state.const) == 0
-    assert all(float(jnp.abs(x - y).max()) > 0 for x, y in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(t.state.trainable), strict=True))
+    assert all(
+        float(jnp.abs(x - y).max()) > 0
+        for x, y in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(t.state.trainable), strict=True)
+    )
 
 
 def test_lora_plus_scales_the_rate_of_b_only():

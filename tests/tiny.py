@@ -106,7 +106,9 @@ def tiny(
     rng = params.key_of(jax.random.key(seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable={}, hyper=hyper)
     snapshot = jax.tree.map(jnp.copy, parts.trainable) if objective.needs_reference else None
-    return Tiny(model, base, overlay, parts, Program(model, objective, spec, groups), state, Frozen(parts.frozen, snapshot))
+    return Tiny(
+        model, base, overlay, parts, Program(model, objective, spec, groups), state, Frozen(parts.frozen, snapshot)
+    )
 
 
 def largest(a: Any, b: Any) -> float:

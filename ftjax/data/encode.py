@@ -4,9 +4,10 @@
     encoded.report.lines()          # what was read, cut, dropped, trained
 
 What is trained, as in TRL's SFT: a `text` gets an EOS and all of it is trained; of prompt and completion, tokenized
-together, everything after their common beginning with the prompt alone, the EOS included; of messages what the assistant
-wrote. The first token of an example is never a target. A long text is cut right, dropped or refused (`loader.truncation`), or
-wrapped (plain-text corpora): pieces of `max_length` that overlap by one token, so that every token is a target once.
+together, everything after their common beginning with the prompt alone, the EOS included; of messages what the
+assistant wrote. The first token of an example is never a target. A long text is cut right, dropped or refused
+(`loader.truncation`), or wrapped (plain-text corpora): pieces of `max_length` that overlap by one token, so that every
+token is a target once.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def encode(
     mask = _mask_of(typed.type, loader.loss_on)
     if mask == "assistant":
         require_markers(template)
-    eos = tokenizer.eos_token_id
+    eos: int | None = tokenizer.eos_token_id  # type: ignore[assignment]
     out = _Builder(loader, wrap and typed.type == DatasetType("language_modeling", False), eos)
     step = _encoder(typed.type, mask)
     for start in range(0, len(typed.rows), ENCODE_BATCH):

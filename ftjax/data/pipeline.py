@@ -6,8 +6,9 @@
     batches.check_fingerprint(saved_fingerprint); batches.restore(state)
 
 In each epoch the examples are shuffled, packed into rows and the rows shuffled; a batch takes the next rows, across the
-border of epochs, so every batch is full. Row r of the whole run stands in epoch r // R, because every epoch has the same
-number of rows R (see `packing`). Hosts build only their own rows of a batch whose order does not depend on how many they are.
+border of epochs, so every batch is full. Row r of the whole run stands in epoch r // R, because every epoch has the
+same number of rows R (see `packing`). Hosts build only their own rows of a batch whose order does not depend on how
+many they are.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class RowSource:
         rows = np.arange(step * self.batch, (step + 1) * self.batch).reshape(self.accumulate, hosts, -1)
         return rows[:, host]
 
-    def __getitem__(self, step: Any) -> TokenBatch:
-        indices = self.rows_of(step)
+    def __getitem__(self, index: Any) -> TokenBatch:
+        indices = self.rows_of(index)
         flat = build_rows([[self.examples[i] for i in self.row(r)] for r in indices.ravel().tolist()], self.length)
         shape = (*indices.shape, self.length)
         return TokenBatch(*(getattr(flat, f).reshape(shape) for f in ("tokens", "positions", "segments", "weights")))
@@ -143,7 +144,8 @@ class Batches:
             near = (batch // parts * parts) or parts
             raise ConfigError(
                 f"train.batch={batch} cannot be split into train.accumulate={accumulate} micro-batches over "
-                f"{shard[1]} host{'s' * (shard[1] != 1)}: it must be a multiple of {parts}. Nearest: {near} or {near + parts}"
+                f"{shard[1]} host{'s' * (shard[1] != 1)}: it must be a multiple of {parts}. "
+                f"Nearest: {near} or {near + parts}"
             )
         self.length = row_length(examples, loader)
         source = RowSource(

@@ -103,7 +103,7 @@ def prepare(
         report=replace(content.train.report, cache=status),
         eval_report=replace(content.eval.report, cache=status),
         template=content.template,
-        fingerprint={**parts, "seed": seed, "examples": _identity(content.train.examples)},
+        fingerprint={**_without_places(parts), "seed": seed, "examples": _identity(content.train.examples)},
         warnings=warnings + content.train.report.warnings + content.warnings,
     )
 
@@ -123,6 +123,11 @@ def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> di
         "template": hashlib.sha256(template.encode()).hexdigest() if template else "none",
         "loader": options,
     }
+
+
+def _without_places(parts: dict[str, Any]) -> dict[str, Any]:
+    """Moved data are the same data: for a checkpoint their content counts (for the cache the place does, for messages)."""
+    return {**parts, "task": {k: v for k, v in parts["task"].items() if k not in ("path", "eval_path")}}
 
 
 def _build(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> _Content:

@@ -52,7 +52,7 @@ def _show(example: Example, tokenizer: PreTrainedTokenizerBase) -> PreviewExampl
     stops = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(example)]
     spans, shown = [], ""
     for stop in stops:  # decode the beginning up to each border: a span decoded alone loses its leading space
-        text = tokenizer.decode(example.input_ids[:stop].tolist(), skip_special_tokens=False)
+        text = str(tokenizer.decode(example.input_ids[:stop].tolist(), skip_special_tokens=False))
         spans.append(Span(text[len(shown) :], bool(trained[stop - 1])))
         shown = text
     stops_learnt = bool((trained & (example.input_ids == tokenizer.eos_token_id)).any())

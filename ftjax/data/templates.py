@@ -1,8 +1,8 @@
 """Chat templates: messages to token ids, with a mask over what the assistant wrote, inside a sandbox with limits.
 
-    template = resolve_template(tokenizer, "chatml")      # a built-in name, a .jinja file, Jinja text; "": the tokenizer's
+    template = resolve_template(tokenizer, "chatml")    # a built-in name, a .jinja file, Jinja text; "": its own
     chat = render_chats(tokenizer, template, [Chat(messages)], mask=True)[0]
-    chat.input_ids, chat.assistant                        # the mask needs {% generation %} markers
+    chat.input_ids, chat.assistant                      # the mask needs {% generation %} markers
 
 A template is code from whoever made the tokenizer. It runs in transformers' Jinja sandbox; time and memory are bounded
 here, because a sandbox does not bound them.
@@ -131,8 +131,8 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = ""
         template = own.get("default", "") if isinstance(own, dict) else own
         if not template:
             raise DataError(
-                "these rows are conversations, and the tokenizer has no chat template. Set data.chat_template to one of "
-                f"{', '.join(BUILTIN)}, to a .jinja file, or use a chat model's tokenizer"
+                "these rows are conversations, and the tokenizer has no chat template. Set data.chat_template to "
+                f"one of {', '.join(BUILTIN)}, to a .jinja file, or use a chat model's tokenizer"
             )
     elif chat_template in BUILTIN:
         template = BUILTIN[chat_template]
@@ -199,7 +199,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, chats: list[Chat]
                 chat_template=template,
                 add_generation_prompt=chats[0].prompt,
                 return_assistant_tokens_mask=mask,
-                **tokenizer.special_tokens_map,
+                **tokenizer.special_tokens_map,  # type: ignore[arg-type]
             )
     except jinja2.exceptions.SecurityError as e:
         raise DataError(f"chat template blocked by sandbox: {e}") from None
@@ -220,7 +220,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, chats: list[Chat]
     return [Rendered(ids, m) for ids, m in zip(out["input_ids"], masks, strict=True)]
 
 
-def _assistant_mask(out: Any, i: int, spans: list[tuple[int, int]]) -> list[int]:
+def _assistant_mask(out: Any, i: int, spans: Any) -> list[int]:
     """1 for the tokens inside the character spans, by the rule of `apply_chat_template`."""
     mask = [0] * len(out["input_ids"][i])
     for start, stop in spans:

@@ -1,7 +1,7 @@
 """Text in, text out: batches of prompts, or one prompt streamed.
 
-    generate(model, params, tokenizer, ["Once upon a time"], max_new_tokens=80)      # [", there was ..."]
-    for piece in stream(model, params, tokenizer, "Once upon a time", Sampling(temperature=0.8)): print(piece, end="")
+generate(model, params, tokenizer, ["Once upon a time"], max_new_tokens=80)      # [", there was ..."]
+for piece in stream(model, params, tokenizer, "Once upon a time", Sampling(temperature=0.8)): print(piece, end="")
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def stream(model: Decoder, params: Store, tokenizer: Any, prompt: str, sampling:
     yield completion(tokenizer, ids, answer)[given:]
 
 
-def completion(tokenizer: Any, prompt: Sequence[int] | np.ndarray, answer: Sequence[int], stop: Sequence[str] = ()) -> str:
+def completion(
+    tokenizer: Any, prompt: Sequence[int] | np.ndarray, answer: Sequence[int], stop: Sequence[str] = ()
+) -> str:
     """The text that `answer` adds to `prompt`: decoded together, because alone it loses its first space."""
     head = [int(t) for t in prompt]
     before = tokenizer.decode(head, skip_special_tokens=True)
@@ -155,6 +157,8 @@ def _fit(model: Decoder, prompts: Sequence[np.ndarray], sampling: Sampling) -> S
     if longest + sampling.max_new_tokens <= context:
         return sampling
     room = context - longest
-    text = f"prompt of {longest} + {sampling.max_new_tokens} new tokens exceed the context of {context}: {room} new tokens"
+    text = (
+        f"prompt of {longest} + {sampling.max_new_tokens} new tokens exceed the context of {context}: {room} new tokens"
+    )
     warnings.warn(text, stacklevel=3)
     return Sampling(room, sampling.temperature, sampling.top_k, sampling.top_p, sampling.stop, sampling.seed)

@@ -6,6 +6,7 @@ seen by nobody. The cache is donated from call to call and updated in place.
 
 from __future__ import annotations
 
+import dataclasses as dc
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,7 @@ def advance(
         }
         out = model.apply(params, inputs, cache=c.cache, first=False)
         logits = out.head(out.hidden[:, -1]).astype(jnp.float32)
-        return c.replace(cache=out.cache, logits=logits, positions=c.positions + 1, done=done), token
+        return dc.replace(c, cache=out.cache, logits=logits, positions=c.positions + 1, done=done), token
 
     carry, tokens = jax.lax.scan(one, carry, length=STEPS)
     return carry, tokens.T

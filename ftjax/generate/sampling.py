@@ -1,6 +1,6 @@
 """From logits to the next token: greedy, or drawn after temperature, top-k and top-p, in transformers' order.
 
-    token = draw(logits, keys, SamplingArrays.of(Sampling(temperature=0.8, top_p=0.95)))
+token = draw(logits, keys, SamplingArrays.of(Sampling(temperature=0.8, top_p=0.95)))
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Numerics:
     dtype: str = "float32"
     layers: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "xla"] = "auto"
     loss_chunk: int = 1024
 
 
@@ -181,19 +181,21 @@ class Decoder(Model):
         ids = inputs["input_ids"]
         T = ids.shape[1]
         seq = sequence(inputs, first=first)
-        seq = seq.replace(h=ops.embed(ids, p["embed"]["w"], self.dtype) * jnp.asarray(self.embed_scale, self.dtype))
-        seq = _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
+        seq = dc.replace(seq, h=ops.embed(ids, p["embed"]["w"], self.dtype) * jnp.asarray(self.embed_scale, self.dtype))
+        seq: Any = _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
         cache = note(cache, seq)
-        block = self.block
+        block, rest = self.block, dc.replace(seq, h=None)
 
         def body(layer_params: dict, h: jax.Array, layer: Any, cache: Any) -> tuple[jax.Array, Any]:
-            return block.apply({"params": layer_params}, h, seq.replace(h=None), layer, cache)
+            return block.apply({"params": layer_params}, h, rest, layer, cache)
 
         n = self.numerics
         h, cache = run_stack(body, p["layers"], seq.h, cache, unroll=n.layers == "unroll", remat=n.remat)
         if cache is not None:
-            cache = cache.replace(at=cache.at + seq.positions.shape[1])
-        h = self.norm.apply({"params": p["norm"]}, h[:, -T:])  # whatever a soft prompt put in front is cut off here
+            cache = dc.replace(cache, at=cache.at + seq.positions.shape[1])
+        h: Any = self.norm.apply(
+            {"params": p["norm"]}, h[:, -T:]
+        )  # whatever a soft prompt put in front is cut off here
         tied = self.config.tie_word_embeddings
         return Output(h, Head(p["embed"]["w"] if tied else p["head"]["w"], tied), cache, n.loss_chunk)
 
@@ -212,7 +214,7 @@ class Decoder(Model):
 
 def abstract_sequence(dim: int, dtype: Any) -> tuple[Any, Seq]:
     """Shapes of a batch, for building tables: hidden values [1, 2, dim] and the sequence."""
-    flat = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    flat: Any = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.ShapeDtypeStruct((1, 2, dim), dtype), Seq(None, flat, flat, flat)
 
 
@@ -239,7 +241,8 @@ def note(cache: Cache | None, seq: Seq) -> Cache | None:
     if cache is None:
         return None
     start = (jnp.zeros((), jnp.int32), cache.at)
-    return cache.replace(
+    return dc.replace(
+        cache,
         positions=jax.lax.dynamic_update_slice(cache.positions, seq.positions.astype(jnp.int32), start),
         segments=jax.lax.dynamic_update_slice(cache.segments, seq.segments.astype(jnp.int32), start),
     )

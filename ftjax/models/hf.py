@@ -67,7 +67,7 @@ def model_of(config: dict[str, Any], numerics: Numerics) -> Model:
     """
     kind = config.get("model_type")
     families = registry.known("family")
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         hint = did_you_mean(str(kind), families)
         raise DataError(f"config.json: model_type {kind!r} is not supported.{hint} Supported: {', '.join(families)}")
     family = families[kind]
@@ -121,7 +121,9 @@ def file_names(table: Table) -> dict[str, tuple[str, int | None]]:
 Place = Callable[[str, np.ndarray], Any]
 
 
-def load_table(table: Table, files: list[Path], *, dtype: Any, ignore: Callable[[str], bool], place: Place | None = None) -> Store:
+def load_table(
+    table: Table, files: list[Path], *, dtype: Any, ignore: Callable[[str], bool], place: Place | None = None
+) -> Store:
     """Fills every parameter of a table from safetensors files.
 
     Args:
@@ -162,7 +164,9 @@ def load_table(table: Table, files: list[Path], *, dtype: Any, ignore: Callable[
     problems += [f"missing    {name}" for name in names]
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError("\n".join([f"{files[0].parent}: weights do not fit the model", *("  " + p for p in problems[:20] + more)]))
+        raise DataError(
+            "\n".join([f"{files[0].parent}: weights do not fit the model", *("  " + p for p in problems[:20] + more)])
+        )
     return {k: store[k] for k in table if k in store}
 
 
@@ -184,7 +188,13 @@ def _checked(name: str, value: np.ndarray, spec: ParamSpec) -> tuple[np.ndarray,
     return (value.T if spec.transposed else value), None
 
 
-def load(path_or_id: str, *, dtype: str = "float32", numerics: Numerics | None = None, place: Callable[[Model], Place] | None = None) -> tuple[Model, Store]:
+def load(
+    path_or_id: str,
+    *,
+    dtype: str = "float32",
+    numerics: Numerics | None = None,
+    place: Callable[[Model], Place] | None = None,
+) -> tuple[Model, Store]:
     """A model folder or hub id as (model, params).
 
     Args:
@@ -199,12 +209,27 @@ def load(path_or_id: str, *, dtype: str = "float32", numerics: Numerics | None =
     folder = resolve(path_or_id)
     model = model_of(read_json(folder / "config.json"), numerics or Numerics(dtype=dtype))
     tied = getattr(model.config, "tie_word_embeddings", False)
+    embed, head = getattr(model, "embed_hf", ""), getattr(model, "head_hf", "")
 
     def ignore(name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (tied and name == getattr(model, "head_hf", ""))
+        return name.endswith("rotary_emb.inv_freq") or (tied and name == head)
 
+    files = tensor_files(folder)
+    if tied:
+        _check_tied(files, embed, head)
     put = place(model) if place else None
-    return model, load_table(model.table, tensor_files(folder), dtype=jnp.dtype(dtype), ignore=ignore, place=put)
+    return model, load_table(model.table, files, dtype=jnp.dtype(dtype), ignore=ignore, place=put)
+
+
+def _check_tied(files: list[Path], embed: str, head: str) -> None:
+    """A tied head may stand in the files as a copy. Where the values differ transformers unties it; we refuse that."""
+    copies = {name for name, _ in _stream(files)} >= {embed, head}
+    found = {name: tensor() for name, tensor in _stream(files) if copies and name in (embed, head)}
+    if copies and not np.array_equal(found[embed], found[head]):
+        raise DataError(
+            f"config.json: tie_word_embeddings is true, but {head} differs from {embed} in the files. "
+            "Set it to false to use the head as it is"
+        )
 
 
 # Saving ----------------------------------------------------------------------------------------------------------------
@@ -219,7 +244,9 @@ def to_file_tensors(table: Table, params: Store) -> Iterator[tuple[str, np.ndarr
     params = join(params)
     foreign = [k for k, v in params.items() if k not in table or isinstance(v, Weight)]
     if foreign:
-        raise ConfigError(f"the parameters hold adapters ({foreign[0]} ...): call ftjax.merge first, or save the adapter")
+        raise ConfigError(
+            f"the parameters hold adapters ({foreign[0]} ...): call ftjax.merge first, or save the adapter"
+        )
     for key, value in params.items():
         spec, r = table[key], ranged(key)
         value = np.asarray(jax.device_get(value))

@@ -35,7 +35,9 @@ class HFConfig:
 
     def missing(self, name: str) -> DataError:
         """The error for a number that must be there."""
-        return DataError(f"config.json: {name!r} is missing; it decides what the model computes and has no safe default")
+        return DataError(
+            f"config.json: {name!r} is missing; it decides what the model computes and has no safe default"
+        )
 
     def wrong(self, name: str, value: Any, allowed: str) -> DataError:
         """The error for a value that cannot be used."""

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T query time, S key time, D embed, N heads, K key/value
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.out)
-        w = leaf(self, "w", ParamSpec(shape, self.axes, std=self.std, hf=self.hf + ".weight", transposed=self.transposed))
+        w = leaf(
+            self, "w", ParamSpec(shape, self.axes, std=self.std, hf=self.hf + ".weight", transposed=self.transposed)
+        )
         b = None
         if self.use_bias:
             b = leaf(self, "b", ParamSpec(shape[1:], self.axes[1:], "bias", init="zeros", hf=self.hf + ".bias"))
@@ -121,7 +124,9 @@ def visible(seq: Seq, kv: KV, *, causal: bool, window: int | None) -> jax.Array:
     return mask
 
 
-def attend(q_BTNH: jax.Array, kv: KV, seq: Seq, *, scale: float, causal: bool = True, window: int | None = None) -> jax.Array:
+def attend(
+    q_BTNH: jax.Array, kv: KV, seq: Seq, *, scale: float, causal: bool = True, window: int | None = None
+) -> jax.Array:
     """Softmax attention with grouped heads, statistics in float32: [B, T, N * H]."""
     B, T, N, H = q_BTNH.shape
     K = kv.k.shape[2]
@@ -133,7 +138,9 @@ def attend(q_BTNH: jax.Array, kv: KV, seq: Seq, *, scale: float, causal: bool = 
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, kv.v).reshape(B, T, N * H)
 
 
-def extend(cache: Cache | None, layer: jax.Array | int, k: jax.Array, v: jax.Array, seq: Seq) -> tuple[KV, Cache | None]:
+def extend(
+    cache: Cache | None, layer: jax.Array | int, k: jax.Array, v: jax.Array, seq: Seq
+) -> tuple[KV, Cache | None]:
     """The keys and values that this layer attends to: those of the present tokens, after what the cache holds.
 
     The cache's positions and segments are written by the caller once for all layers, before the first layer.
@@ -142,18 +149,21 @@ def extend(cache: Cache | None, layer: jax.Array | int, k: jax.Array, v: jax.Arr
         return KV(k, v, seq.positions, seq.segments), None
     zero = jnp.zeros((), jnp.int32)
     start = (jnp.asarray(layer, jnp.int32), zero, cache.at, zero, zero)
-    cache = cache.replace(
+    grown = dc.replace(
+        cache,
         k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), start),
         v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), start),
     )
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)  # noqa: E731
-    return KV(pick(cache.k), pick(cache.v), cache.positions, cache.segments), cache
+    return KV(pick(grown.k), pick(grown.v), grown.positions, grown.segments), grown
 
 
 Body = Callable[[dict, jax.Array, jax.Array | int, Any], tuple[jax.Array, Any]]
 
 
-def run_stack(body: Body, segments: tuple[dict, ...], h: jax.Array, cache: Any, *, unroll: bool, remat: str) -> tuple[jax.Array, Any]:
+def run_stack(
+    body: Body, segments: tuple[dict, ...], h: jax.Array, cache: Any, *, unroll: bool, remat: str
+) -> tuple[jax.Array, Any]:
     """Runs ``h, cache = body(params, h, layer, cache)`` over all layers of all segments.
 
     The cache is part of the carry, not of scan's inputs and outputs: there it would exist twice.

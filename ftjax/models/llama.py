@@ -51,7 +51,9 @@ class Rope:
     def _llama3(self, inv: np.ndarray) -> np.ndarray:
         """Long wavelengths are divided by the factor, short ones kept, those between blended (Llama 3.1 report)."""
         wavelength = 2 * math.pi / inv
-        smooth = (self.original_length / wavelength - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        smooth = (self.original_length / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
         blended = (1 - smooth) * inv / self.factor + smooth * inv
         long = wavelength > self.original_length / self.low_freq_factor
         short = wavelength < self.original_length / self.high_freq_factor

@@ -1,7 +1,7 @@
 """Where a run's model comes from: `Pretrained` (a folder, a hub id, or the embedded base) or `Scratch` (new weights).
 
-    model=Pretrained(path="my/llama", dtype="bfloat16")
-    model=Scratch(family="llama", settings=("hidden_size=192", "num_hidden_layers=6", ...), tokenizer="my/tokenizer")
+model=Pretrained(path="my/llama", dtype="bfloat16")
+model=Scratch(family="llama", settings=("hidden_size=192", "num_hidden_layers=6", ...), tokenizer="my/tokenizer")
 """
 
 from __future__ import annotations
@@ -90,6 +90,6 @@ class Scratch(Component):
                 settings[name] = value
         model = hf.model_of(settings, numerics)
         rng = key_of(jax.random.key(seed), "model")
-        put = place(model) if place else (lambda _, x: x)
+        put: Any = place(model) if place else (lambda _, x: x)
         specs = {k: s for k, s in model.table.items() if s.kind != "site"}
         return model, {k: put(k, init_leaf(rng, k, s, jnp.float32)) for k, s in specs.items()}

@@ -47,6 +47,8 @@ class Objective(Protocol):
         """Denominator of each loss term, from the batch alone."""
         ...
 
-    def __call__(self, policy: Policy, batch: Any, *, reference: Policy | None, mutable: Any, hyper: dict) -> LossOutput:
+    def __call__(
+        self, policy: Policy, batch: Any, *, reference: Policy | None, mutable: Any, hyper: dict
+    ) -> LossOutput:
         """The loss of one micro-batch."""
         ...

@@ -43,7 +43,9 @@ class CausalLM(Component):
     batch: ClassVar[type] = TokenBatch
 
     name: Literal["causal_lm"] = "causal_lm"
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread evenly over the vocabulary.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread evenly over the vocabulary."
+    )
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
@@ -65,4 +67,6 @@ class CausalLM(Component):
         total = weights.sum()
         trained = (weights > 0).astype(jnp.float32)
         metrics = {"mean_token_accuracy": ((token.correct * trained).sum(), trained.sum())}
-        return LossOutput({"nll": (token.nll * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))})
+        return LossOutput(
+            {"nll": (token.nll * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))}
+        )

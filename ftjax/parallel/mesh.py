@@ -47,7 +47,7 @@ def start_distributed(compute: config.Compute) -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+def make_mesh(mesh: config.Mesh, devices: Sequence[Any]) -> jax.sharding.Mesh:
     """The mesh over all devices.
 
     Raises:
@@ -64,7 +64,9 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device]) -> jax.sharding.
     if math.prod(sizes.values()) != n or 0 in sizes.values():
         text = " x ".join(f"{a}={s}" for a, s in sizes.items())
         valid = [d for d in range(1, n + 1) if n % d == 0]
-        raise DeviceError(f"mesh {text} does not make {n} devices; each axis must divide {n}: {', '.join(map(str, valid))}")
+        raise DeviceError(
+            f"mesh {text} does not make {n} devices; each axis must divide {n}: {', '.join(map(str, valid))}"
+        )
     # Explicit axes (JAX's default) would ask for a sharding at every operation; the compiler propagates ours instead.
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)

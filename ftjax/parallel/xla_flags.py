@@ -1,2 +1,5 @@
 """stub"""
-def apply(): pass
+
+
+def apply():
+    pass

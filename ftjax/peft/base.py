@@ -90,7 +90,9 @@ def check_overlay(overlay: Mapping[str, Any], table: Table) -> None:
     known = {unranged(k) for k in table}
     lost = [k for k in overlay if unranged(k) not in known]
     if lost:
-        lines = [f"{k} is neither a parameter nor a site. Nearest: {', '.join(nearest(unranged(k), known, 5))}" for k in lost]
+        lines = [
+            f"{k} is neither a parameter nor a site. Nearest: {', '.join(nearest(unranged(k), known, 5))}" for k in lost
+        ]
         raise ConfigError("the overlay does not fit the model", lines)
 
 
@@ -107,7 +109,9 @@ def merge(params: Mapping[str, Any], table: Table) -> Store:
     from ftjax.params import join
 
     folded = {
-        key: jax.jit(lambda v: v.materialize())(value).astype(_dtype(value.base)) if isinstance(value, Adapted) else value
+        key: jax.jit(lambda v: v.materialize())(value).astype(_dtype(value.base))
+        if isinstance(value, Adapted)
+        else value
         for key, value in params.items()
     }
     return join(folded)
@@ -159,7 +163,9 @@ def _is_target(key: str, hf: str, target: str) -> bool:
 def _no_target(where: str, target: str, kernels: Table) -> str:
     names = sorted({n for k, s in kernels.items() for n in (unranged(k).split("/")[-2], s.hf.split(".")[-2])})
     near = nearest(target, names, 5)
-    return f"{where}={target!r} matches no weight. " + (f"Nearest: {', '.join(near)}" if near else f"Names: {', '.join(names)}")
+    return f"{where}={target!r} matches no weight. " + (
+        f"Nearest: {', '.join(near)}" if near else f"Names: {', '.join(names)}"
+    )
 
 
 def subset(key: str, layers: tuple[int, ...]) -> list[str]:

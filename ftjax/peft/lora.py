@@ -141,8 +141,8 @@ class LoRACodec(ModuleCodec):
         alpha = for_module(module.name, config.get("alpha_pattern"), config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         rate = config.get("lora_dropout") or None
-        a, b = arrays["lora_A.weight"].T, arrays["lora_B.weight"].T
-        return LoRADelta(a, b, np.float32(scale), rate if rate is None else np.float32(rate))
+        a, b = (jnp.asarray(arrays[f"lora_{x}.weight"].T) for x in "AB")
+        return LoRADelta(a, b, jnp.float32(scale), None if rate is None else jnp.float32(rate))
 
     def settings(self, method: LoRA, entries: Mapping[str, LoRADelta]) -> dict[str, Any]:
         """Ranks and scales are the overlay's own: a sweep may have varied them, or padded the ranks with zeros."""

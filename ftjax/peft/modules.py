@@ -71,15 +71,15 @@ def stacked(entries: Mapping[str, tuple[Module, Any]]) -> Overlay:
 
     for module, entry in sorted(entries.values(), key=lambda e: (e[0].key, -1 if e[0].layer is None else e[0].layer)):
         last = runs[-1] if runs else None
-        adjoins = last and last[0] == module.key and last[1] is not None and module.layer == last[1] + len(last[2])
-        if adjoins and shapes(last[2][-1]) == shapes(entry):
+        same_key = last is not None and last[0] == module.key and last[1] is not None
+        if last and same_key and module.layer == (last[1] or 0) + len(last[2]) and shapes(last[2][-1]) == shapes(entry):
             last[2].append(entry)
         else:
             runs.append((module.key, module.layer, [entry]))
     out: Overlay = {}
     for key, start, items in runs:
         r = ranged(key)
-        if r is None:
+        if r is None or start is None:
             out[key] = jax.tree.map(jnp.asarray, items[0])
         else:
             name = str(Ranged(r.stack, start, start + len(items), r.rest))

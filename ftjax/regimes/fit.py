@@ -240,13 +240,13 @@ class _Job:
         return [Answer(r["prompt"], r["completion"], r["reference"]) for r in lines if r["step"] == step]
 
 
-def card_of(
-    setup: Setup, step: int, before: dict[str, float], after: dict[str, float], *, notes: str = ""
-) -> str:
+def card_of(setup: Setup, step: int, before: dict[str, float], after: dict[str, float], *, notes: str = "") -> str:
     """The README.md of what a run exports."""
     run = setup.run.model_dump(mode="json")
     base = setup.run.model.label if setup.adapted else ""
-    return model_card(run=run, before=before, after=after, fingerprint=setup.data.fingerprint, step=step, base=base, notes=notes)
+    return model_card(
+        run=run, before=before, after=after, fingerprint=setup.data.fingerprint, step=step, base=base, notes=notes
+    )
 
 
 def restored_state(setup: Setup, folder: RunFolder, message: Any) -> tuple[State, int]:

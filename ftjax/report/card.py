@@ -84,7 +84,16 @@ def model_card(
     if before or after:
         parts += ["", "## Held-out results", "", markdown(comparison(before, after))]
     versions = ", ".join(f"{p} {_version(p)}" for p in PACKAGES)
-    parts += ["", "## How to open it", "", PEFT.format(base=base) if base else PLAIN, "", "## How it was made", "", versions]
+    parts += [
+        "",
+        "## How to open it",
+        "",
+        PEFT.format(base=base) if base else PLAIN,
+        "",
+        "## How it was made",
+        "",
+        versions,
+    ]
     parts += ["", "```json", json.dumps(run, indent=2), "```", ""]
     return "\n".join(parts)
 

@@ -139,10 +139,14 @@ def _curve(points: Sequence[tuple[float, float]], name: str) -> str:
         return LEFT + (x - x0) / dx * w, 8 + (y1 - y) / dy * h
 
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
-    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in (at(*p) for p in points)) if len(points) < 20 else ""
+    dots = (
+        "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in (at(*p) for p in points))
+        if len(points) < 20
+        else ""
+    )
     floor = HEIGHT - BOTTOM
     return (
-        f'<figure><figcaption>{escape(title(name))}, last {escape(number(ys[-1]))}</figcaption>'
+        f"<figure><figcaption>{escape(title(name))}, last {escape(number(ys[-1]))}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(name)}">'
         f'<line class="axis" x1="{LEFT}" y1="8" x2="{LEFT}" y2="{floor}"/>'
         f'<line class="axis" x1="{LEFT}" y1="{floor}" x2="{WIDTH - 8}" y2="{floor}"/>'

@@ -13,6 +13,7 @@ import dataclasses as dc
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from rich.live import Live
@@ -31,7 +32,7 @@ class Screen(Protocol):
     @property
     def width(self) -> int: ...
     def line(self, text: str = "") -> None: ...
-    def live(self, draw: object, *, transient: bool) -> Live | None: ...
+    def live(self, draw: Callable[[], Text], *, transient: bool) -> Live | None: ...
 
 
 @dc.dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Lock:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         free, owner = _try_lock(fd), _owner(fd)
         here = owner is not None and owner["host"] == socket.gethostname()
-        if not free and here and not _alive(owner["pid"]):
+        if not free and owner and here and not _alive(owner["pid"]):
             # A child that the dead owner left behind keeps the old file; we go on with a new one.
             os.close(fd)
             self.path.unlink(missing_ok=True)

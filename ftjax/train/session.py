@@ -62,22 +62,22 @@ class Evaluator:
         """Rows per evaluation batch: as many as a micro-batch."""
         return self.setup.run.train.batch // self.setup.run.train.accumulate
 
-    def compile(self) -> None:
-        """Compiles the evaluation step."""
+    def compile(self) -> Any:
+        """Compiles the evaluation step, once."""
         with self.compiling("evaluation"):
             self._step = compile_eval(self.setup, self.rows)
+        return self._step
 
     def held_out(self, state: State) -> dict[str, float]:
         """Loss, perplexity and metrics over the held-out examples; empty when there are none."""
         examples = held_out_examples(self.setup)
         if not len(examples):
             return {}
-        if self._step is None:
-            self.compile()
+        step = self._step or self.compile()
         s, total = self.setup, None
         for batch in eval_batches(examples, self.rows, s.batches.length, packing=s.run.loader.packing):
             placed = jax.device_put(batch, s.placement.batch(0))
-            out = self._step(state, s.frozen, placed)
+            out = step(state, s.frozen, placed)
             total = out if total is None else jax.tree.map(jnp.add, total, out)
         host = jax.device_get(total)
         return _summary(host, {k: float(v) for k, v in s.run.objective.coefficients().items()})
@@ -114,8 +114,15 @@ def shown(prompt: str | list[dict[str, Any]]) -> str:
 def _summary(host: Any, coef: dict[str, float]) -> dict[str, float]:
     means = {k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["terms"].items()}
     loss = sum(coef[k] * v for k, v in means.items())
-    extra = {k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["metrics"].items() if k != "num_tokens"}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **extra, "num_tokens": float(host["metrics"]["num_tokens"][0])}
+    extra = {
+        k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["metrics"].items() if k != "num_tokens"
+    }
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        **extra,
+        "num_tokens": float(host["metrics"]["num_tokens"][0]),
+    }
 
 
 def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:

@@ -25,7 +25,7 @@ from ftjax.data.pipeline import Batches
 from ftjax.data.prepare import Prepared
 from ftjax.data.prepare import prepare as prepare_data
 from ftjax.data.tokenizer import check_vocab, load_tokenizer, tokenizer_warnings
-from ftjax.models.base import Model, Numerics
+from ftjax.models.base import Decoder, Numerics
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
@@ -55,7 +55,7 @@ class Setup:
     tokenizer: Any
     data: Prepared
     batches: Batches
-    model: Model
+    model: Decoder
     parts: Parts
     program: Program
     placement: Placement
@@ -130,7 +130,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     )  # fmt: skip
 
 
-def assemble(run: config.Run, model: Model, parts: Parts) -> tuple[Program, State, Frozen]:
+def assemble(run: config.Run, model: Decoder, parts: Parts) -> tuple[Program, State, Frozen]:
     """The step functions and the state before the first step."""
     spec, hyper = OptimSpec.of(run.optim), hyper_of(run)
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
@@ -161,7 +161,10 @@ def compile_train(setup: Setup) -> Any:
     states, frozen = p.tree(setup.state), p.tree(setup.frozen)
     batch = jax.tree.map(lambda _: p.batch(1), abstract_batch(setup))
     step = jax.jit(
-        setup.program.train, donate_argnums=0, in_shardings=(states, frozen, batch), out_shardings=(states, p.replicated)
+        setup.program.train,
+        donate_argnums=0,
+        in_shardings=(states, frozen, batch),
+        out_shardings=(states, p.replicated),
     )
     return step.lower(setup.state, setup.frozen, abstract_batch(setup)).compile()
 

@@ -78,7 +78,7 @@ class Program:
 
         def loss(trainable: Any, mutable: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, LossOutput]:
             out = self.output(trainable, mutable, state, frozen, batch, rng)
-            return sum(state.hyper["coef"][k] * v * inverse[k] for k, v in out.sums.items()), out
+            return jnp.stack([state.hyper["coef"][k] * v * inverse[k] for k, v in out.sums.items()]).sum(), out
 
         grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -111,7 +111,8 @@ class Program:
             updates, opt = tx.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        nxt = state.replace(
+        nxt = dc.replace(
+            state,
             step=state.step + 1,
             trainable=keep(trainable, state.trainable),
             opt=keep(opt, state.opt),

@@ -65,7 +65,9 @@ def _over_chunks(fn: Callable[..., Any], width: int, *arrays: jax.Array) -> Any:
     return jax.tree.map(lambda x: _unchunks(x, T), out)
 
 
-def _statistics(logits: jax.Array, targets: jax.Array, smooth: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _statistics(
+    logits: jax.Array, targets: jax.Array, smooth: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(nll, correct, logsumexp) of one chunk, float32."""
     top = logits.max(-1)
     lse = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))

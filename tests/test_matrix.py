@@ -1,0 +1,136 @@
+"""Every objective x method x family that is registered, through the one step. A new file is tested here the moment it exists.
+
+    pytest tests/test_matrix.py                  # a covering set
+    pytest tests/test_matrix.py --matrix=full    # every cell; also writes docs/matrix.md
+
+One cell asserts: the adapted model equals the base bit for bit before the first step (where the method promises it); frozen
+leaves stay bit-identical and every trained leaf moves; one compilation; going on from a saved state equals not stopping, bit
+for bit; 8 devices equal one; the merged weights equal the adapted ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax import config, registry, tree
+from ftjax.objectives.causal_lm import model_inputs
+from ftjax.parallel.mesh import Placement, axes_of_store, make_mesh
+from ftjax.peft.base import bind, merge
+from ftjax.train.checkpoint import Checkpoints
+from tests import tiny
+
+# What a component needs beyond its defaults to run on a tiny model; a new one that needs nothing needs no entry.
+SMALL = {"lora": {"rank": 4, "dropout": 0.1}}
+MODELS = {"llama": tiny.llama}
+IMPOSSIBLE: dict[tuple[str, str, str], str] = {}
+
+
+@dc.dataclass(frozen=True)
+class Cell:
+    """One combination, by names."""
+
+    objective: str
+    peft: str
+    family: str
+
+    def __str__(self) -> str:
+        return f"{self.objective}-{self.peft}-{self.family}"
+
+
+def every_cell() -> list[Cell]:
+    names = (registry.known(kind) for kind in ("objective", "peft", "family"))
+    return [Cell(*c) for c in itertools.product(*names) if c not in IMPOSSIBLE]
+
+
+def covering(cells: list[Cell]) -> list[Cell]:
+    """The fewest cells, greedily, in which every objective x method pair and every family occurs."""
+    chosen, pairs, families = [], set(), set()
+    for c in cells:
+        if (c.objective, c.peft) not in pairs or c.family not in families:
+            chosen.append(c)
+            pairs.add((c.objective, c.peft))
+            families.add(c.family)
+    return chosen
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        cells = every_cell()
+        chosen = cells if metafunc.config.getoption("--matrix") == "full" else covering(cells)
+        metafunc.parametrize("cell", chosen, ids=str)
+
+
+def test_every_registered_family_has_a_tiny_model():
+    assert set(registry.known("family")) == set(MODELS)
+
+
+def test_cell(cell, tmp_path):
+    peft = registry.get("peft", cell.peft)(**SMALL.get(cell.peft, {}))
+    objective = registry.get("objective", cell.objective)()
+    t = tiny.tiny(peft, objective, model=MODELS[cell.family]())
+    data = tiny.batch(16, micro=2)
+    inputs = model_inputs(jax.tree.map(lambda x: x[0], data))
+
+    adapted = jax.jit(t.model.apply)(bind(t.base, t.overlay), inputs).logits
+    if type(peft).identity_at_init:
+        assert (adapted == jax.jit(t.model.apply)(t.base, inputs).logits).all()
+
+    step = jax.jit(t.program.train)
+    held = jax.tree.map(np.asarray, t.frozen)
+    states = [t.state]
+    for _ in range(3):
+        states.append(step(states[-1], t.frozen, data)[0])
+    assert step._cache_size() == 1
+    for now, before in zip(jax.tree.leaves(t.frozen), jax.tree.leaves(held), strict=True):
+        np.testing.assert_array_equal(np.asarray(now), before)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), states[-1].trainable, t.state.trainable)
+    assert all(jax.tree.leaves(moved)), tree.leaves_by_path(moved)
+
+    check_resume(t, step, states, data, tmp_path)
+    check_devices(t, states[2], data)
+    if type(peft).mergeable:
+        check_merge(t, states[-1], inputs)
+
+
+def check_resume(t, step, states, data, folder: Path):
+    with Checkpoints(folder, message=pytest.fail) as checkpoints:
+        checkpoints.save(1, states[1], extra={})
+        checkpoints.wait()
+        state = checkpoints.restore(t.state).state
+    for _ in range(2):
+        state = step(state, t.frozen, data)[0]
+    for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(states[3].trainable), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def check_devices(t, want, data):
+    mesh = make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    p = Placement(mesh, axes_of_store({"base": t.base, "overlay": t.overlay}, t.model.table))
+    states, frozen = p.tree(t.state), p.tree(t.frozen)
+    placed = jax.device_put(t.frozen, frozen), jax.device_put(data, p.batch(1))
+    step = jax.jit(
+        t.program.train,
+        in_shardings=(states, frozen, p.batch(1)),
+        out_shardings=(states, p.replicated),
+        donate_argnums=0,
+    )
+    state = jax.device_put(jax.tree.map(jnp.copy, t.state), states)
+    for _ in range(2):
+        state, _ = step(state, *placed)
+    # Adam divides by the root of a tiny second moment, which magnifies differences in the last bit of a gradient.
+    assert tiny.largest(state.trainable, want.trainable) < 3e-4
+
+
+def check_merge(t, state, inputs):
+    store = tree.combine(state.trainable, state.const, t.frozen.store)
+    bound = bind(store["base"], store["overlay"])
+    folded = merge(bound, t.model.table)
+    assert set(folded) == {k for k, s in t.model.table.items() if s.kind != "site"}
+    assert tiny.largest(t.model.apply(folded, inputs).logits, t.model.apply(bound, inputs).logits) < 2e-5
