@@ -131,7 +131,7 @@ def ftjax_step(folder: Path, shape: Shape, args: argparse.Namespace) -> Step:
         train: Train
         objective: CausalLM
 
-    numerics = Numerics(layers=args.layers, loss_chunk=args.loss_chunk)
+    numerics = Numerics(layers=args.layers, loss_chunk=args.loss_chunk, remat=args.remat)
     model, params = hf.load(folder, dtype="float32", numerics=numerics)
     peft = LoRA(rank=RANK, alpha=ALPHA)
     overlay = peft.init(jax.random.key(0), model.table, params)
@@ -203,6 +203,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", choices=("scan", "unroll"), default="unroll")
     parser.add_argument("--loss-chunk", type=int, default=1024)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     parser.add_argument("--cache", default="")
     parser.add_argument("--plain-flags", action="store_true", help="leave XLA's flags as they are")
     parser.add_argument("--started", type=float, default=time.time(), help="when the process was started")

@@ -138,7 +138,7 @@ class Loader(Component):
     )
     skip_bad: int = Field(default=0, ge=0, description="Malformed rows tolerated (counted and reported).")
     shuffle: bool = Field(default=True, description="Shuffle the training examples anew in each epoch.")
-    workers: int = Field(default=0, ge=0, description="Loader processes; 0: one thread.")
+    workers: int = Field(default=0, ge=0, description="Threads that build batches; the order does not depend on them.")
     prefetch: int = Field(default=2, ge=0, description="Batches prepared ahead.")
 
 

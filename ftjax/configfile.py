@@ -20,14 +20,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ftjax import schema
+from ftjax import registry, schema
 from ftjax.config import Run
 from ftjax.errors import ConfigError, FtjaxError, did_you_mean
 from ftjax.folders import missing_config
 from ftjax.jsontext import caret, parse
 from ftjax.overrides import apply
 from ftjax.problems import problems
-from ftjax.schema import Component, collecting, to_plain
+from ftjax.schema import Component, collecting, slot_kind, to_plain
 from ftjax.words import FOREIGN, show
 
 LABELS = ("name", "out")  # fields that say where results go, not what they are
@@ -161,7 +161,8 @@ def _execute(source: str, title: str) -> Any:
         raise ConfigError(caret(title, line=line, column=column, source=text, message=e.msg)) from None
     except ValueError as e:  # a NUL byte
         raise ConfigError(f"{title}: {e}") from None
-    Run.model_rebuild()  # imports the components, which are ours to judge, before the judging stops
+    for kind in filter(None, map(slot_kind, Run.model_fields.values())):
+        registry.known(kind)  # a component of ours that fails to import is no fault of the config
     # In sys.modules, because components that a config defines look their annotations up there later on.
     module = types.ModuleType("ftjax_config_" + hashlib.sha256(str(Path(title).resolve()).encode()).hexdigest()[:12])
     module.__file__ = title

@@ -14,7 +14,7 @@ import pytest
 
 from ftjax.config import Loader
 from ftjax.data.batches import Example, Examples, TokenBatch
-from ftjax.data.pipeline import Batches, eval_batches, permutation
+from ftjax.data.pipeline import Batches, eval_batches, permutation, row_length
 from ftjax.data.prefetch import prefetch_to_device
 from ftjax.errors import CheckpointError, ConfigError, DataError
 
@@ -145,9 +145,14 @@ def test_batches_must_divide_and_hold_something() -> None:
         Batches(Examples.of([]), loader=loader(), batch=4)
 
 
-def test_unpacked_rows_are_only_as_long_as_needed() -> None:
-    assert Batches(examples(), loader=loader(max_length=512, packing="none"), batch=4).length == 16
-    assert Batches(examples(), loader=loader(max_length=512), batch=4).length == 512
+def test_unpacked_rows_are_only_as_long_as_any_example_needs() -> None:
+    short, long = examples(), Examples.of([Example(np.ones(33, np.int32), np.ones(33, np.float32))])
+    unpacked = loader(max_length=512, packing="none")
+    assert [row_length(unpacked, short), row_length(unpacked, short, long), row_length(unpacked)] == [16, 48, 512]
+    assert row_length(loader(max_length=40, packing="none"), long) == 40
+    assert row_length(loader(max_length=512), short) == 512
+    assert Batches(short, loader=unpacked, batch=4, length=16).next().tokens.shape == (1, 4, 16)
+    assert Batches(short, loader=unpacked, batch=4).length == 512
 
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])

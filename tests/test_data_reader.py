@@ -214,3 +214,16 @@ def test_held_out_split_is_stable_and_keeps_copies_together() -> None:
     tiny_train, tiny_held = held_out_split(rows[:2], 1e-6)
     assert len(tiny_train) == len(tiny_held) == 1
     assert held_out_split(rows, 0)[1] == []
+
+
+def test_real_files_have_the_published_number_of_rows(shared: Path) -> None:
+    counts = {
+        "banking77/train.csv": 10_003,
+        "banking77/test.csv": 3_080,
+        "gsm8k/train.jsonl": 7_473,
+        "gsm8k/test.jsonl": 1_319,
+    }
+    counts |= {"instruct/instructions.json": 1_100, "text/c4_sample.parquet": 200}
+    assert {name: len(read_rows(shared / name)) for name in counts} == counts
+    text = read_rows(shared / "text" / "tinyshakespeare.txt")
+    assert "".join(r["text"] for r in text) == (shared / "text" / "tinyshakespeare.txt").read_text()

@@ -39,9 +39,12 @@ def permutation(n: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def row_length(examples: Examples, loader: Loader) -> int:
-    """T: `max_length` when packing; unpacked, the longest example rounded up, since padding further is waste."""
-    longest = int(examples.lengths.max()) if len(examples) else 1
+def row_length(loader: Loader, *parts: Examples) -> int:
+    """T that fits all given examples (training and held-out ones).
+
+    Packed rows have `max_length`; unpacked ones the longest example's length, rounded up, since padding beyond is waste.
+    """
+    longest = max((int(p.lengths.max()) for p in parts if len(p)), default=loader.max_length)
     return (
         loader.max_length if loader.packing == "bfd" else min(loader.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
     )
@@ -112,6 +115,7 @@ class Batches:
       batch: rows per optimizer step, over all hosts and micro-batches.
       accumulate: micro-batches per step.
       seed: seed of the order.
+      length: T; `max_length` unless given (see `row_length`).
       fingerprint: identity of the examples (`Prepared.fingerprint`).
       shard: (index, count) of this host.
 
@@ -134,6 +138,7 @@ class Batches:
         batch: int,
         accumulate: int = 1,
         seed: int = 0,
+        length: int | None = None,
         fingerprint: dict[str, Any] | None = None,
         shard: tuple[int, int] = (0, 1),
     ):
@@ -147,7 +152,7 @@ class Batches:
                 f"{shard[1]} host{'s' * (shard[1] != 1)}: it must be a multiple of {parts}. "
                 f"Nearest: {near} or {near + parts}"
             )
-        self.length = row_length(examples, loader)
+        self.length = length or loader.max_length
         source = RowSource(
             examples, loader, length=self.length, batch=batch, accumulate=accumulate, seed=seed, shard=shard
         )

@@ -1,4 +1,7 @@
-"""Batched decoding with a KV cache: a prefill, then a few tokens per call, each compiled once per shape bucket.
+"""Batched decoding with a KV cache: a prefill, then up to `CHUNK` tokens per call, each compiled once per shape bucket.
+
+for new in decode(model, params, [prompt_a, prompt_b], Sampling(), limits=[64, 64], eos=[2], pad=0):
+    new                      # [[319, 278], [29871]]: tokens that continue each row
 
 Prompts are padded on the left, so that all rows end at the same column; the columns of padding are in no segment and are
 seen by nobody. The cache is donated from call to call and updated in place.
@@ -21,29 +24,60 @@ from flax import struct
 from ftjax.generate.sampling import Sampling, SamplingArrays, draw
 from ftjax.models.base import Decoder
 from ftjax.ops import PAD_SEGMENT
+from ftjax.params import nest
 
-STEPS = 8  # tokens per call: between calls the host looks for stop texts, and streams
+CHUNK = 64  # most tokens per call; fewer where the host looks at the text in between
+
+
+@struct.dataclass
+class Rows:
+    """What stays the same while a batch is decoded.
+
+    Attributes:
+      lengths: tokens of the prompts [B].
+      limits: most new tokens [B].
+      keys: one per row [B].
+    """
+
+    lengths: jax.Array
+    limits: jax.Array
+    keys: jax.Array
+
+
+@struct.dataclass
+class Rules:
+    """How tokens are chosen: `numbers` None is greedy; ids `eos` [E] end a row; `pad` is what ended rows give."""
+
+    numbers: SamplingArrays | None
+    eos: jax.Array
+    pad: jax.Array
+
+    def choose(self, logits: jax.Array, rows: Rows, count: jax.Array) -> jax.Array:
+        """The new token number `count` of each row [B]. Its draw depends on the row's key and the token's position."""
+        if self.numbers is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return draw(logits, jax.vmap(jax.random.fold_in)(rows.keys, rows.lengths + count), self.numbers)
+
+    def ended(self, token: jax.Array, rows: Rows, count: jax.Array) -> jax.Array:
+        """Rows that give nothing after `token`, their `count`-th [B]."""
+        return (token[:, None] == self.eos).any(-1) | (count >= rows.limits)
 
 
 @struct.dataclass
 class Carry:
-    """Decoding between two calls.
+    """Decoding between two tokens.
 
     Attributes:
-      cache: keys and values of all columns so far.
-      logits: of the last column, float32 [B, V].
-      positions: of the next token [B].
-      prompt_len: [B].
+      cache: keys and values of all columns but the last token's.
+      token: the last token [B].
+      count: new tokens so far.
       done: rows that have ended [B].
-      keys: one per row [B].
     """
 
     cache: Any
-    logits: jax.Array
-    positions: jax.Array
-    prompt_len: jax.Array
+    token: jax.Array
+    count: jax.Array
     done: jax.Array
-    keys: jax.Array
 
 
 def bucket(n: int, least: int = 16) -> int:
@@ -51,47 +85,59 @@ def bucket(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def soft_columns(model: Decoder, params: Any) -> int:
+    """Columns that a soft prompt in `params` puts in front of the tokens."""
+    one = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    return jax.eval_shape(lambda p, x: model.enter(nest(p), x, first=True).positions, params, one).shape[1] - 1
+
+
 @partial(jax.jit, static_argnames=("model", "length"))
-def prefill(model: Decoder, params: Any, ids: jax.Array, lengths: jax.Array, keys: jax.Array, *, length: int) -> Carry:
-    """Reads left-padded prompts [B, P] into a new cache of `length` columns."""
+def prefill(model: Decoder, params: Any, ids: jax.Array, rows: Rows, rules: Rules, *, length: int) -> Carry:
+    """Reads left-padded prompts [B, P] into a new cache of `length` columns, and gives the first token."""
     B, P = ids.shape
-    column = jnp.arange(P, dtype=jnp.int32)[None] - (P - lengths)[:, None]
+    column = jnp.arange(P, dtype=jnp.int32)[None] - (P - rows.lengths)[:, None]
     inputs = {
         "input_ids": ids,
         "positions": jnp.maximum(column, 0),
         "segments": jnp.where(column >= 0, 0, PAD_SEGMENT),
-        "prompt_len": jnp.broadcast_to(lengths[:, None], (B, P)),
+        "prompt_len": jnp.broadcast_to(rows.lengths[:, None], (B, P)),
     }
     out = model.apply(params, inputs, cache=model.new_cache(B, length))
-    last = out.head(out.hidden[:, -1]).astype(jnp.float32)
-    return Carry(out.cache, last, lengths, lengths, jnp.zeros((B,), bool), keys)
+    token = rules.choose(out.head(out.hidden[:, -1]).astype(jnp.float32), rows, jnp.int32(0))
+    return Carry(out.cache, token, jnp.int32(1), rules.ended(token, rows, jnp.int32(1)))
 
 
-@partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames=("carry",))
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("carry",))
 def advance(
-    model: Decoder, params: Any, carry: Carry, numbers: SamplingArrays, eos: jax.Array, pad: jax.Array, *, greedy: bool
+    model: Decoder, params: Any, carry: Carry, rows: Rows, rules: Rules, steps: jax.Array
 ) -> tuple[Carry, jax.Array]:
-    """`STEPS` more tokens for every row: (carry, tokens [B, STEPS]); rows that have ended give `pad`."""
+    """Up to `steps` (at most CHUNK) more tokens for every row, less where all rows have ended.
 
-    def one(c: Carry, _: None) -> tuple[Carry, jax.Array]:
-        if greedy:
-            token = jnp.argmax(c.logits, axis=-1).astype(jnp.int32)
-        else:
-            token = draw(c.logits, jax.vmap(jax.random.fold_in)(c.keys, c.positions), numbers)
-        token = jnp.where(c.done, pad, token)
-        done = c.done | (token[:, None] == eos[None]).any(-1)
+    Returns:
+      (carry, tokens [B, CHUNK]); the first ``carry.count - count before`` columns of the tokens hold something.
+    """
+    before = carry.count
+
+    def step(state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+        c, tokens = state
         inputs = {
-            "input_ids": token[:, None],
-            "positions": c.positions[:, None],
-            "segments": jnp.zeros_like(token)[:, None],
-            "prompt_len": c.prompt_len[:, None],
+            "input_ids": c.token[:, None],
+            "positions": (rows.lengths + c.count - 1)[:, None],
+            "segments": jnp.zeros_like(c.token)[:, None],
+            "prompt_len": rows.lengths[:, None],
         }
         out = model.apply(params, inputs, cache=c.cache, first=False)
-        logits = out.head(out.hidden[:, -1]).astype(jnp.float32)
-        return dc.replace(c, cache=out.cache, logits=logits, positions=c.positions + 1, done=done), token
+        token = rules.choose(out.head(out.hidden[:, -1]).astype(jnp.float32), rows, c.count)
+        token = jnp.where(c.done, rules.pad, token)
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), c.count - before))
+        done = c.done | rules.ended(token, rows, c.count + 1)
+        return dc.replace(c, cache=out.cache, token=token, count=c.count + 1, done=done), tokens
 
-    carry, tokens = jax.lax.scan(one, carry, length=STEPS)
-    return carry, tokens.T
+    def more(state: tuple[Carry, jax.Array]) -> jax.Array:
+        return (state[0].count - before < steps) & ~state[0].done.all()
+
+    blank = jnp.full((carry.token.shape[0], CHUNK), rules.pad, jnp.int32)
+    return jax.lax.while_loop(more, step, (carry, blank))
 
 
 def row_keys(prompts: Sequence[np.ndarray], seed: int) -> jax.Array:
@@ -108,33 +154,57 @@ def row_keys(prompts: Sequence[np.ndarray], seed: int) -> jax.Array:
 
 
 def decode(
-    model: Decoder, params: Any, prompts: Sequence[np.ndarray], sampling: Sampling, *, eos: Sequence[int], pad: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Answers to token prompts, a few tokens at a time.
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    *,
+    limits: Sequence[int],
+    eos: Sequence[int],
+    pad: int,
+    every: int = CHUNK,
+) -> Iterator[list[list[int]]]:
+    """Answers to token prompts, piece by piece: first one token, then up to `every`, until all rows have ended.
 
     Args:
       model: a decoder.
       params: with adapters in place.
       prompts: token ids, each at least one.
-      sampling: how; the stop texts are the caller's.
+      sampling: how to choose; its `max_new_tokens` and stop texts are the caller's business.
+      limits: most new tokens of each row.
       eos: ids that end a row.
-      pad: id given by rows that have ended.
+      pad: id that fills rows on the device.
+      every: tokens per call, at most CHUNK.
 
     Yields:
-      (tokens [B, n], done [B]); the tokens add up to at most `max_new_tokens` columns, less when all rows have ended.
+      The new tokens of each row, without the one that ends it.
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = bucket(int(lengths.max()))
     ids = np.full((len(prompts), width), pad, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[width - len(prompt) :] = prompt
-    room = bucket(sampling.max_new_tokens)
-    carry = prefill(model, params, ids, lengths, row_keys(prompts, sampling.seed), length=width + room)
-    numbers, ends = SamplingArrays.of(sampling), jnp.asarray(list(eos) or [-1], jnp.int32)
-    for start in range(0, sampling.max_new_tokens, STEPS):
-        greedy = sampling.temperature == 0
-        carry, tokens = advance(model, params, carry, numbers, ends, jnp.int32(pad), greedy=greedy)
-        done = np.asarray(carry.done)
-        yield np.asarray(tokens)[:, : sampling.max_new_tokens - start], done
-        if done.all():
+    length = soft_columns(model, params) + width + bucket(max(limits))
+    numbers = SamplingArrays.of(sampling) if sampling.temperature > 0 else None
+    rules = Rules(numbers, jnp.asarray(list(eos) or [-1], jnp.int32), jnp.int32(pad))
+    rows = Rows(jnp.asarray(lengths), jnp.asarray(limits, jnp.int32), row_keys(prompts, sampling.seed))
+
+    carry = prefill(model, params, ids, rows, rules, length=length)
+    piece, count = np.asarray(carry.token)[:, None], 1
+    open_, left = [True] * len(prompts), list(limits)
+    while True:
+        new = [_taken(row, n, eos) if going else [] for row, n, going in zip(piece.tolist(), left, open_, strict=True)]
+        left = [n - len(row) for n, row in zip(left, new, strict=True)]
+        open_ = [a and len(row) == piece.shape[1] and n > 0 for a, row, n in zip(open_, new, left, strict=True)]
+        yield new
+        if not any(open_):
             return
+        carry, tokens = advance(model, params, carry, rows, rules, jnp.int32(every))
+        now = int(carry.count)
+        piece, count = np.asarray(tokens)[:, : now - count], now
+
+
+def _taken(row: Sequence[int], limit: int, eos: Sequence[int]) -> list[int]:
+    """The tokens of a row up to its end."""
+    end = next((i for i, token in enumerate(row) if token in eos), len(row))
+    return list(row[: min(end, limit)])

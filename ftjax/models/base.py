@@ -178,11 +178,8 @@ class Decoder(Model):
           The output of the last T places; `cache` moved on when given.
         """
         p = nest(params)
-        ids = inputs["input_ids"]
-        T = ids.shape[1]
-        seq = sequence(inputs, first=first)
-        seq = dc.replace(seq, h=ops.embed(ids, p["embed"]["w"], self.dtype) * jnp.asarray(self.embed_scale, self.dtype))
-        seq: Any = _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
+        T = inputs["input_ids"].shape[1]
+        seq = self.enter(p, inputs, first=first)
         cache = note(cache, seq)
         block, rest = self.block, dc.replace(seq, h=None)
 
@@ -198,6 +195,12 @@ class Decoder(Model):
         )  # whatever a soft prompt put in front is cut off here
         tied = self.config.tie_word_embeddings
         return Output(h, Head(p["embed"]["w"] if tied else p["head"]["w"], tied), cache, n.loss_chunk)
+
+    def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any:
+        """The batch as the first layer meets it: tokens embedded, a soft prompt's columns in front. `p` is nested."""
+        h = ops.embed(inputs["input_ids"], p["embed"]["w"], self.dtype) * jnp.asarray(self.embed_scale, self.dtype)
+        seq = dc.replace(sequence(inputs, first=first), h=h)
+        return _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
 
     @property
     def embed_scale(self) -> float:

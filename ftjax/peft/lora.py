@@ -151,7 +151,7 @@ class LoRACodec(ModuleCodec):
             name: _decimal(entry.scale, math.sqrt(ranks[name]) if method.rslora else ranks[name])
             for name, entry in entries.items()
         }
-        (r, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
+        r, alpha = _usual(ranks.values(), method.rank), _usual(alphas.values(), method.alpha)
         rate = next(iter(entries.values())).rate
         return {
             "r": r,
@@ -176,6 +176,12 @@ class LoRACodec(ModuleCodec):
             layers=targets.layers,
             rslora=config.get("use_rslora", False),
         )
+
+
+def _usual(values: Iterable[Any], expected: Any) -> Any:
+    """The value that needs no pattern: the expected one where it occurs, else the most frequent."""
+    counted = Counter(values)
+    return next((v for v in counted if v == expected), counted.most_common(1)[0][0])
 
 
 def _decimal(x: Any, factor: float) -> float:

@@ -103,7 +103,7 @@ class Targets:
     @property
     def unnumbered(self) -> tuple[str, ...]:
         """The names without layer numbers, as our own targets are written."""
-        return tuple(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in self.names))
+        return tuple(dict.fromkeys(re.sub(r"^(.*\.)?\d+\.", "", name) for name in self.names))
 
 
 def targets_of(chosen: Mapping[str, Module], everything: Mapping[str, Module]) -> Targets:
@@ -136,7 +136,13 @@ def selected(config: Mapping[str, Any], everything: Mapping[str, Module]) -> lis
     layers = [layers] if isinstance(layers, int) else layers
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    return [name for name in names if _layer(name, patterns) in layers]
+    try:
+        if not all(type(i) is int for i in layers):
+            raise TypeError("layers are whole numbers")
+        return [name for name in names if _layer(name, patterns) in layers]
+    except (re.error, TypeError) as error:
+        fields = ", ".join(f"{k}={config.get(k)!r}" for k in ("layers_to_transform", "layers_pattern"))
+        raise DataError(f"{CONFIG_FILE}: {fields} cannot be read: {error}") from None
 
 
 def _hit(targets: str | list[str], name: str, everything: Mapping[str, Module]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses as dc
 import itertools
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ class _Job:
             return state
         batch = setup.placement.batch(1)
         source = prefetch_to_device(
-            setup.batches, lambda b: jax.device_put(b, batch), run.loader.prefetch, say=self.console.warn
+            setup.batches, lambda b: jax.device_put(b, batch), run.loader.prefetch, say=self._slow
         )
         with self.console.progress(run.train.steps, start=start, log_every=run.train.log_every) as progress:
 
@@ -178,6 +179,9 @@ class _Job:
             best = loop.progress.early_stop.best_step
             self.console.note(f"stopped early: no improvement since step {best}")
         return state
+
+    def _slow(self, text: str) -> None:
+        self.console.warn(f"{socket.gethostname()} (process {jax.process_index()}): {text}")
 
     def _rows_of(self, step: int) -> Iterator[str]:
         source, examples = self.setup.batches.source, self.setup.data.train

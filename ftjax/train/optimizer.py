@@ -10,15 +10,18 @@ The kind of optimizer and the shape of the schedule are static; every number is 
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ftjax import tree
 from ftjax.config import Optim, Run
 
 NO_DECAY = "/no_decay"
+_STACKED = re.compile(r"\[\d+:\d+\]/")
 
 
 @dc.dataclass(frozen=True)
@@ -75,9 +78,19 @@ def _rule(
         "adamw": lambda: optax.scale_by_adam(hyper["b1"], hyper["b2"], hyper["eps"]),
         "lion": lambda: optax.scale_by_lion(hyper["b1"], hyper["b2"]),
         "sgd": lambda: optax.trace(hyper["b1"]),
-        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.stateless(_clip_rms)),
     }[spec.name]()
     return optax.chain(core, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(lr))
+
+
+def _clip_rms(updates: Any, _: Any) -> Any:
+    """Adafactor's clip: the root mean square of each parameter's update is at most 1, layer by layer within a stack."""
+
+    def one(path: Any, u: jax.Array) -> jax.Array:
+        within = tuple(range(1 if _STACKED.search(tree.path_of(path)) else 0, u.ndim))
+        return u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(u * u, axis=within, keepdims=True)))
+
+    return jax.tree_util.tree_map_with_path(one, updates)
 
 
 def make_tx(spec: OptimSpec, groups: Any, hyper: dict[str, Any], step: jax.Array) -> optax.GradientTransformation:

@@ -21,10 +21,10 @@ import numpy as np
 
 from ftjax import config, params, tree
 from ftjax.data.batches import TokenBatch
-from ftjax.data.pipeline import Batches
+from ftjax.data.pipeline import Batches, row_length
 from ftjax.data.prepare import Prepared
 from ftjax.data.prepare import prepare as prepare_data
-from ftjax.data.tokenizer import check_vocab, load_tokenizer, tokenizer_warnings
+from ftjax.data.tokenizer import check_vocab, load_tokenizer
 from ftjax.models.base import Decoder, Numerics
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay
@@ -112,11 +112,15 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     data = prepare_data(run.data, run.loader, tokenizer, seed=run.seed)
     batches = Batches(
         data.train, loader=run.loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
+        length=row_length(run.loader, data.train, data.eval),
         fingerprint=data.fingerprint, shard=(jax.process_index(), jax.process_count()),
     )  # fmt: skip
     say("loading the model")
     model, base = run.model.load(numerics(run.compute), seed=run.seed, vocab=len(tokenizer))
-    warnings = (*data.warnings, *check_vocab(tokenizer, model.config.vocab_size), *tokenizer_warnings(tokenizer))
+    warnings = (
+        *data.warnings,
+        *check_vocab(tokenizer, model.config.vocab_size),
+    )
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
     base = params.cut(base, params.bounds(overlay))
     parts = partition(base, overlay, model.table, run.peft.labels(model.table))

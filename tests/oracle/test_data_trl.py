@@ -57,7 +57,7 @@ def trl_columns(
     return list(trainer.train_dataset)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,90 @@
+"""Generated pages are up to date, and every file that the docs link to is there. FTJAX_UPDATE_GOLDEN=1 rewrites the pages."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from ftjax import registry
+from ftjax.config import Run
+from ftjax.explain import first_line
+from ftjax.schema import slot_kind
+from ftjax.words import describe
+from tests.test_matrix import IMPOSSIBLE, covering, every_cell
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def field_rows(cls) -> list[str]:
+    from ftjax.schema import field_arms
+
+    rows = []
+    for name, info in cls.model_fields.items():
+        if name == "name" and slot_kind(info) is None and cls is not Run and not info.description:
+            continue
+        default = info.get_default(call_default_factory=False)
+        shown = (
+            ""
+            if info.is_required()
+            else f"`{default}`"
+            if isinstance(default, str | int | float | bool | tuple)
+            else ""
+        )
+        rows.append(
+            f"| `{name}` | {describe(field_arms(info))} | {shown} | {info.description or ''} |".replace("||", "|")
+        )
+    return rows
+
+
+def config_page() -> str:
+    out = [
+        "# Every field of a run",
+        "",
+        "Generated from the code; `python run.py explain optim.lr` shows one. Write them in a",
+    ]
+    out[-1] += " config file, or as `a.b=c` on the command line."
+    head = ["", "| field | takes | default | meaning |", "|---|---|---|---|"]
+    plain = [
+        n for n, f in Run.model_fields.items() if slot_kind(f) is None and not hasattr(f.annotation, "model_fields")
+    ]
+    out += ["", "## run", *head, *[r for r in field_rows(Run) if r.split("`")[1] in plain]]
+    for name, info in Run.model_fields.items():
+        kind = slot_kind(info)
+        if kind is None and hasattr(info.annotation, "model_fields"):
+            out += ["", f"## {name}", "", first_line(info.annotation), *head, *field_rows(info.annotation)]
+        for key, cls in (registry.known(kind) if kind else {}).items():
+            out += ["", f"## {name}={key}", "", first_line(cls)]
+            rows = [r for r in field_rows(cls) if r.split("`")[1] != "name"]
+            out += [*head, *rows] if rows else []
+    return "\n".join(out) + "\n"
+
+
+def matrix_page() -> str:
+    cells, cover = every_cell(), {str(c) for c in covering(every_cell())}
+    out = [
+        "# Which combinations run",
+        "",
+        "Generated from the registries; `pytest tests/test_matrix.py --matrix=full` runs every",
+    ]
+    out[-1] += " cell, a plain `pytest` those marked with a star."
+    out += ["", "| objective | method | family | |", "|---|---|---|---|"]
+    out += [f"| {c.objective} | {c.peft} | {c.family} | {'*' if str(c) in cover else ''} |" for c in cells]
+    out += [f"| {' | '.join(c)} | impossible: {why} |" for c, why in IMPOSSIBLE.items()]
+    return "\n".join(out) + "\n"
+
+
+@pytest.mark.parametrize("name, page", [("config", config_page), ("matrix", matrix_page)], ids=["config", "matrix"])
+def test_generated_page(name, page):
+    path = ROOT / "docs" / f"{name}.md"
+    if os.environ.get("FTJAX_UPDATE_GOLDEN"):
+        path.write_text(page())
+    assert path.read_text() == page(), f"FTJAX_UPDATE_GOLDEN=1 pytest tests/test_docs.py rewrites {path.name}"
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
