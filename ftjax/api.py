@@ -33,7 +33,7 @@ def load_pretrained(
     model, params = hf.load(str(path_or_id), dtype=dtype)
     if adapter is None:
         return model, params
-    overlay = load_adapter(adapter, model.table, params).overlay
+    overlay = load_adapter(adapter, model.table, params, base_path=str(path_or_id)).overlay
     return model, peft.bind(cut(params, bounds(overlay)), overlay)
 
 

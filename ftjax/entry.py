@@ -17,6 +17,7 @@ from ftjax.options import FolderArgs, GenerateArgs
 from ftjax.params import Store, join
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.report.console import Console
+from ftjax.train.metrics import read_lines
 from ftjax.train.runfolder import RunFolder
 from ftjax.train.session import Evaluator, export, merged, write_model
 from ftjax.train.setup import Setup, prepare
@@ -93,7 +94,7 @@ def merge(args: FolderArgs) -> int:
     console = Console()
     setup, state, step = _open(args.run, (), console)
     _refuse_full(args.to)
-    write_model(setup, join(merged(setup, state)), args.to, card=card_of(setup, step, {}, {}))
+    write_model(setup, join(merged(setup, state)), args.to, card=_card(setup, step, adapter=False))
     console.where({"model": args.to})
     return 0
 
@@ -103,8 +104,15 @@ def export_run(args: FolderArgs) -> int:
     console = Console()
     setup, state, step = _open(args.run, (), console)
     _refuse_full(args.to)
-    console.where({"exported": export(setup, state, args.to, card=card_of(setup, step, {}, {}))})
+    console.where({"exported": export(setup, state, args.to, card=_card(setup, step, adapter=setup.adapted))})
     return 0
+
+
+def _card(setup: Setup, step: int, *, adapter: bool) -> str:
+    """The README.md of what is written, with the held-out numbers that the run has logged."""
+    lines = read_lines(RunFolder(setup.run.folder).metrics)
+    found = {r["step"]: r for r in lines if r["event"] == "eval"}
+    return card_of(setup, step, found.get(0, {}), found.get(step, {}), adapter=adapter)
 
 
 def _refuse_full(folder: Path) -> None:

@@ -144,7 +144,8 @@ def parse_value(text: str, found: Sequence[Arm]) -> Any:
     if any(arm.kind for arm in found) and not text.lstrip().startswith(("{", "[")):
         return {"name": text}
     rows = next((arm for arm in found if arm.items), None)
-    if rows is not None and not text.lstrip().startswith("["):
+    scalar_too = any(not arm.items and arm.type is not NoneType for arm in found)
+    if rows is not None and not text.lstrip().startswith("[") and ("," in text or not scalar_too):
         return [
             parse_value(part.strip(), step([rows], None, i) or []) for i, part in enumerate(text.split(",")) if text
         ]

@@ -44,6 +44,7 @@ def problems(error: ValidationError, *, plain: dict[str, Any], lines: Mapping[st
       lines: source lines by dotted path, where known.
     """
     texts: dict[str, str] = {}
+    unions = set()
     for detail in error.errors():
         unknown = detail["type"] == "extra_forbidden"
         place = _locate(detail["loc"], plain, extra=unknown)
@@ -57,7 +58,12 @@ def problems(error: ValidationError, *, plain: dict[str, Any], lines: Mapping[st
         line = lines.get(place.path)
         text = f"{where}  {_reason(detail, place)}" + (f" (line {line})" if line else "")
         texts.setdefault(place.path, text)  # one line per field: each arm of a union reports on its own
-    return list(texts.values())
+        if place.found and len(place.found) > 1:
+            unions.add(place.path)
+    # A list and its items are both at fault: in a union the field says it all, else the items are more precise.
+    above = {path: [p for p in texts if path.startswith(f"{p}.")] for path in texts}
+    vague = {p for path in texts for p in above[path]} - unions
+    return [text for path, text in texts.items() if path not in vague and not unions.intersection(above[path])]
 
 
 def _locate(loc: tuple[int | str, ...], plain: Any, *, extra: bool) -> Place:

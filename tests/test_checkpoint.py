@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ import pytest
 from flax import struct
 
 from ftjax.errors import CheckpointError
-from ftjax.train import checkpoint
+from ftjax.train import checkpoint, leaves
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.manifest import MANIFEST, sealed
 from ftjax.train.metrics import MetricLog
@@ -273,9 +274,9 @@ def test_an_intact_checkpoint_of_another_state_is_refused_not_set_aside(tmp_path
     assert "the checkpoint of step 3 is intact but belongs to another state (" in text
     assert ".trainable['layers[0:2]/q/w']['a']: saved as float32[2, 8, 4], the run has float32[2, 8, 8]" in text
     with pytest.raises(CheckpointError, match=r"x: saved as float32\[2\], the run has bfloat16\[2\]"):
-        checkpoint._require_same(1, {"x": ["float32", 2]}, {"x": ["bfloat16", 2]})
+        leaves.require_same(1, {"x": ["float32", 2]}, {"x": ["bfloat16", 2]})
     with pytest.raises(CheckpointError, match="heed: the run has it, the checkpoint has not. Did you mean 'head'?"):
-        checkpoint._require_same(1, {"head": ["float32"]}, {"heed": ["float32"]})
+        leaves.require_same(1, {"head": ["float32"]}, {"heed": ["float32"]})
 
 
 def test_load_of_an_absent_step(tmp_path):
@@ -285,6 +286,29 @@ def test_load_of_an_absent_step(tmp_path):
         pytest.raises(CheckpointError, match="no checkpoint of step 4. Steps: 3, 6"),
     ):
         checkpoints.load(4, make_state())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+def test_a_reader_changes_nothing(tmp_path):
+    """Evaluation looks at a folder in which a training is just saving."""
+    filled(tmp_path)
+    flip(array_file(tmp_path / "9"), 100)
+    (tmp_path / "12.saving").mkdir()
+    before = contents(tmp_path)
+    said: list[str] = []
+    with Checkpoints(tmp_path, readonly=True, message=said.append) as checkpoints:
+        assert checkpoints.restore(make_state()).step == 6
+        with pytest.raises(CheckpointError, match="the checkpoint of step 9 is damaged"):
+            checkpoints.load(9, make_state())
+    assert contents(tmp_path) == before and said[0].endswith("differs from what was saved. It is not used")
+    with Checkpoints(tmp_path / "absent", readonly=True) as checkpoints:
+        assert checkpoints.restore(make_state()) is None and checkpoints.steps == ()
+    assert not (tmp_path / "absent").exists()
+    with Checkpoints(tmp_path, keep=5, message=said.append) as checkpoints:
+        assert said[-1] == "removed the unfinished checkpoint of step 12" and not (tmp_path / "12.saving").exists()
 
 
 # Faults while saving.
@@ -413,6 +437,63 @@ def test_full_tmpfs(tmp_path):
         assert "No space left on device" in said[0] and "Training continues" in said[0]
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def one_of_two_hosts(index: int, port: int, folder: Path, results: Any) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    draw = jax.jit(
+        lambda key: {"w": jax.random.normal(key, (16, 4)), "key": key}, out_shardings={"w": split, "key": whole}
+    )
+    states = [draw(jax.random.key(s)) for s in range(4)]
+    said: list[Any] = []
+    with Checkpoints(folder, message=said.append) as checkpoints:
+        assert checkpoints.restore(states[0]) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, states[step], extra={"step": step}, metric=-step if step < 3 else 0.0)
+        checkpoints.wait()
+        said.append((checkpoints.best_step, checkpoints.last_step))
+    if index == 0:
+        flip(array_file(folder / "3"), 100)
+    with Checkpoints(folder, message=said.append) as checkpoints:
+        found = checkpoints.restore(states[0])
+        mine = [
+            (a.data, b.data) for a, b in zip(found.state["w"].addressable_shards, states[2]["w"].addressable_shards)
+        ]
+        said.append((found.step, found.extra, all(np.array_equal(a, b) for a, b in mine), len(mine)))
+        said.append(bits(found.state["key"]) == bits(states[2]["key"]))
+        checkpoint.hash_files = full_disk  # of the host that has the files
+        checkpoints.save(4, states[0], extra={})
+        try:
+            checkpoints.save(5, states[0], extra={})
+        except CheckpointError as e:
+            said.append(str(e))
+        said.append((checkpoints.best_step, checkpoints.last_step))
+    results.put((index, said))
+
+
+def test_two_hosts(tmp_path, fork):
+    """Each writes and reads its own shards; the first decides, and both hear of a failure."""
+    results = fork.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    hosts = [fork.Process(target=one_of_two_hosts, args=(i, port, tmp_path / "c", results)) for i in range(2)]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        wait_for(host, 0)
+    said = dict(results.get() for _ in hosts)
+    place = tmp_path / "c" / "quarantine" / "3-hash"
+    assert said[0][1].endswith(f"differs from what was saved. Set aside as {place}")
+    assert said[0][2] == "resuming from step 2; 1 steps are lost and will be repeated"
+    for index, why in ((0, "No space left on device"), (1, "see the first host")):
+        shared = said[index][3:] if index == 0 else said[index][1:]
+        assert said[index][0] == (2, 3) and shared[:2] == [(2, {"step": 2}, True, jax.device_count()), True]
+        text = f"saving a checkpoint to {tmp_path / 'c'} failed: {why}; the last good checkpoint is step 2"
+        assert shared[2:] == [f"{text}. Training continues; the run stops if the next save fails too", text, (2, 2)]
 
 
 def train(folder: Path, tell: Any, die_at: int = 0) -> None:

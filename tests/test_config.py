@@ -14,7 +14,7 @@ from pydantic import Field
 from ftjax import registry, schema
 from ftjax.config import Optim, Run, Train
 from ftjax.configfile import advice, build, config_hash, dump, load, override, parts
-from ftjax.errors import ConfigError
+from ftjax.errors import ConfigError, nearest
 from ftjax.explain import ELSEWHERE, explain, field_paths
 from ftjax.folders import configs
 from ftjax.schema import Component, Default, Slot
@@ -266,6 +266,7 @@ def test_a_python_config_reports_all_problems_too(config):
         ("peft.targets=", "peft.targets  expected a list of strings at least 1 long, got []"),
         ("name=a/b", r"name=a/b  expected a string like ^\w[\w.-]*$, got 'a/b'"),
         ("peft=dorra", "peft=dorra  unknown peft 'dorra'. Did you mean 'dora'? Known: dora, full, lora"),
+        ("peft=LORA", "peft=LORA  unknown peft 'LORA'. Did you mean 'lora'? Known: dora, full, lora"),
         ("pfet.rank=3", "pfet.rank=3  unknown field of Run. Did you mean 'peft'? Fields: name, out, seed, model"),
         ("lr=3e-4", "lr=0.0003  unknown field of Run. Did you mean 'optim.lr'?"),
         ("train.learning_rate=1", "train.learning_rate=1  unknown field of Train. Did you mean 'optim.lr'?"),
@@ -284,6 +285,44 @@ def test_one_problem(config, override, line):
     assert wrong(config, override).startswith(f"x.py: 1 problem\n  {line}")
 
 
+def test_a_field_may_be_called_like_its_component(config):
+    class Inner(Component):
+        """A group of fields."""
+
+        size: int = 1
+
+    class Prefix(Component):
+        """Has a group called `prefix`."""
+
+        name: Literal["prefix"] = "prefix"
+        prefix: Inner = Inner()
+        length: int = 1
+
+    registry.register("peft")(Prefix)
+    assert "\n  peft.length=x  expected an int, got 'x'" in wrong(config, "peft=prefix", "peft.length=x")
+    text = "x.py: 1 problem\n  peft.prefix.size=x  expected an int, got 'x'"
+    assert wrong(config, "peft=prefix", "peft.prefix.size=x") == text
+
+
+def test_one_line_for_a_union(config):
+    class Scheduled(Component):
+        """A number or a word."""
+
+        name: Literal["scheduled"] = "scheduled"
+        scale: float | Literal["auto", "none"] | tuple[float, ...] = 1.0
+
+    registry.register("peft")(Scheduled)
+    assert load(config, ["peft=scheduled", "peft.scale=none"]).peft.scale == "none"
+    assert load(config, ["peft=scheduled", "peft.scale=1,2"]).peft.scale == (1.0, 2.0)
+    assert wrong(config, "peft=scheduled", "peft.scale=autp") == (
+        "x.py: 1 problem\n  peft.scale=autp  expected a float or one of auto, none or a list of floats, got 'autp'. "
+        "Did you mean 'auto'?"
+    )
+    assert wrong(config, "peft=scheduled", "peft.scale=1,x").splitlines()[1:] == [
+        '  peft.scale  expected a float or one of auto, none or a list of floats, got [1, "x"]'
+    ]
+
+
 def test_an_override_given_twice(config):
     assert wrong(config, "optim.lr=1", "optim.lr=2") == "x.py: 1 problem\n  optim.lr  given twice, as 1 and 2"
 
@@ -291,6 +330,7 @@ def test_an_override_given_twice(config):
 def test_values_that_json_cannot_say(config):
     config.write_text("import pathlib\n" + CONFIG.replace("rank=16", "rank=len, targets=(pathlib.PurePosixPath('q'),)"))
     text = wrong(config)
+    assert text.startswith("x.py: 2 problems\n")
     assert "expected an int > 0, got <built-in function len>" in text
     assert "expected a string, got PurePosixPath('q')" in text
 
@@ -472,6 +512,11 @@ def test_a_component_defined_in_a_config(config):
     config.write_text(OWN_COMPONENT)
     assert load(config).peft.sizes == (2,)
     assert load(config, ["peft.sizes=3,4"]).peft.sizes == (3, 4)  # executed again: no clash of names
+
+
+def test_nearest_names_ignore_case():
+    assert nearest("q_proj", ["K_proj", "Q_Proj"], 1) == ["Q_Proj"]
+    assert nearest("QPROJ", ["k_proj", "q_proj"], 1) == ["q_proj"]
 
 
 def test_names_are_unique(toys):

@@ -80,7 +80,7 @@ def generate_ids(
             if stopped[i] or not tokens:
                 continue
             answers[i] += tokens
-            if _stops(tokenizer, prompts[i], answers[i], sampling.stop):
+            if sampling.stop and _stops(tokenizer, prompts[i], _whole(tokenizer, answers[i]), sampling.stop):
                 stopped[i] = True
                 while _stops(tokenizer, prompts[i], answers[i][:-1], sampling.stop):
                     answers[i].pop()
@@ -102,9 +102,9 @@ def stream(model: Decoder, params: Store, tokenizer: Any, prompt: str, sampling:
     given = 0
     for new in _decode(model, params, tokenizer, [ids], sampling, every=FLOW):
         answer += new[0]
-        if _stops(tokenizer, ids, answer, stop):
-            break
         text = completion(tokenizer, ids, _whole(tokenizer, answer))
+        if any(s in text for s in stop):
+            break
         safe = len(text.rstrip("\ufffd"))
         safe -= _beginning(text[:safe], stop)
         if safe > given:
@@ -186,7 +186,7 @@ def _limits(model: Decoder, params: Store, prompts: Sequence[np.ndarray], wanted
 
 def _stops(tokenizer: Any, prompt: Sequence[int] | np.ndarray, answer: Sequence[int], stop: Sequence[str]) -> bool:
     """Whether the answer's text holds a stop text."""
-    return bool(stop) and any(s in completion(tokenizer, prompt, answer) for s in stop)
+    return any(s in completion(tokenizer, prompt, answer) for s in stop)
 
 
 def _beginning(text: str, stop: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ class Full(Component):
     mergeable: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = True
     hf_type: ClassVar[str | None] = None
+    usual_lr: ClassVar[tuple[float, float]] = (1e-6, 5e-3)
 
     name: Literal["full"] = "full"
 

@@ -198,6 +198,7 @@ class LoRA(Component):
     mergeable: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = True
     hf_type: ClassVar[str | None] = "LORA"
+    usual_lr: ClassVar[tuple[float, float]] = (5e-5, 2e-2)
     hf_codec: ClassVar[LoRACodec] = LoRACodec()
 
     name: Literal["lora"] = "lora"

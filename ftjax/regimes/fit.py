@@ -34,6 +34,7 @@ from ftjax.train.metrics import MetricLog, read_lines
 from ftjax.train.runfolder import RunFolder
 from ftjax.train.session import Answer, Evaluator, export, held_out_examples
 from ftjax.train.setup import Setup, compile_train, prepare
+from ftjax.train.signals import Signals
 from ftjax.train.state import State
 
 
@@ -47,14 +48,14 @@ class Fit(Component):
         """Runs or resumes a training run; returns the exit code."""
         console = Console()
         folder = RunFolder(run.folder, message=console.note)
-        with folder.begin(run, allow=allow) as start:
+        with folder.begin(run, allow=allow) as start, Signals(console.warn) as signals:
             if start.resumed:
                 console.note(f"{run.folder} exists: continuing this run")
             console.header(run)
             setup = prepare(run, say=console.note)
             introduce(setup, console)
             step = compiled_step(setup, console)
-            _Job(setup, step, console, folder, allow).go()
+            _Job(setup, step, console, folder, allow, signals).go()
         return 0
 
 
@@ -110,6 +111,7 @@ class _Job:
     console: Console
     folder: RunFolder
     allow: tuple[str, ...]
+    signals: Signals
 
     def go(self) -> None:
         """Restores, trains, evaluates, exports, reports."""
@@ -165,8 +167,9 @@ class _Job:
                 )  # fmt: skip
 
             loop = Loop(
-                setup, self.step, source, self._rows_of, self.log, self.checkpoints, self._evaluate, show,
-                self.console.warn, setup.batches.fingerprint,
+                setup=setup, step=self.step, source=source, rows_of=self._rows_of, log=self.log,
+                checkpoints=self.checkpoints, signals=self.signals, evaluate=self._evaluate, show=show,
+                message=self.console.warn, fingerprint=setup.batches.fingerprint,
             )  # fmt: skip
             if restored:
                 loop.progress.restore(restored.extra["progress"])
@@ -214,7 +217,7 @@ class _Job:
             self.console.note(f"exporting step {chosen}, which has the best held-out loss")
             state = self.checkpoints.load(chosen, setup.state).state
         after = self._logged(chosen) or self._measure(state, chosen)
-        card = card_of(setup, chosen, before, after, notes=self._spent(chosen))
+        card = card_of(setup, chosen, before, after, adapter=setup.adapted, notes=self._spent(chosen))
         target = export(setup, state, self.folder.path, card=card)
         self.console.comparison(before, after)
         answers = self._samples(0), self._samples(chosen)
@@ -244,13 +247,14 @@ class _Job:
         return [Answer(r["prompt"], r["completion"], r["reference"]) for r in lines if r["step"] == step]
 
 
-def card_of(setup: Setup, step: int, before: dict[str, float], after: dict[str, float], *, notes: str = "") -> str:
+def card_of(
+    setup: Setup, step: int, before: dict[str, float], after: dict[str, float], *, adapter: bool, notes: str = ""
+) -> str:
     """The README.md of what a run exports."""
-    run = setup.run.model_dump(mode="json")
-    base = setup.run.model.label if setup.adapted else ""
     return model_card(
-        run=run, before=before, after=after, fingerprint=setup.data.fingerprint, step=step, base=base, notes=notes
-    )
+        run=setup.run.model_dump(mode="json"), before=before, after=after, fingerprint=setup.data.fingerprint, step=step,
+        base=setup.run.model.label, adapter=adapter, notes=notes,
+    )  # fmt: skip
 
 
 def restored_state(setup: Setup, folder: RunFolder, message: Any) -> tuple[State, int]:

@@ -20,13 +20,13 @@ PEFT = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "path/to/this/folder")
 ```
 
 ```python
 import ftjax
 
-model, params = ftjax.load_pretrained("{base}", adapter="path/to/this/folder")
+model, params = ftjax.load_pretrained({base}, adapter="path/to/this/folder")
 ```"""
 
 PLAIN = """```python
@@ -50,6 +50,7 @@ def model_card(
     fingerprint: Mapping[str, Any],
     step: int,
     base: str = "",
+    adapter: bool = False,
     notes: str = "",
 ) -> str:
     """Markdown with the front matter that model hubs read.
@@ -57,24 +58,29 @@ def model_card(
     Args:
       run: the config as JSON-like data.
       before, after: held-out numbers; may be empty.
-      fingerprint: identity of the data.
+      fingerprint: identity of the data; its ``examples`` say how many there are.
       step: optimizer steps behind these weights.
-      base: what an adapter is laid over; empty for a whole model.
+      base: model that training started from; empty when its weights were random.
+      adapter: whether this is an adapter over `base` rather than a whole model.
       notes: Markdown for the reader, after the description.
     """
-    kind = "adapter" if base else "model"
     front = [
-        f"library_name: {'peft' if base else 'transformers'}",
+        f"library_name: {'peft' if adapter else 'transformers'}",
         *([f"base_model: {json.dumps(base)}"] if base else []),
         "tags:",
         "- ftjax",
-        *([f"- {run['peft']['name']}"] if base else []),
+        f"- {run['peft']['name']}",
     ]
     examples = fingerprint.get("examples", {})
     counted = f"{examples.get('count', 0):,} examples, {examples.get('tokens', 0):,} tokens"
-    over = f" over `{visible(base)}`" if base else ""
+    method, start = run["peft"]["name"], f"`{visible(base)}`" if base else "random weights"
+    what = (
+        f"A `{method}` adapter over {start}"
+        if adapter
+        else f"A model that started from {start} and learnt by `{method}`"
+    )
     described = (
-        f"A `{run['peft']['name']}` {kind}{over}, trained with the objective `{run['objective']['name']}` on "
+        f"{what}, trained with the objective `{run['objective']['name']}` on "
         f"`{run['data']['name']}` ({counted}; sha256 `{str(examples.get('sha256', ''))[:16]}`) for {step:,} steps of "
         f"{run['train']['batch']} rows, seed {run['seed']}."
     )
@@ -88,14 +94,15 @@ def model_card(
         "",
         "## How to open it",
         "",
-        PEFT.format(base=base) if base else PLAIN,
+        PEFT.format(base=json.dumps(base)) if adapter else PLAIN,
         "",
         "## How it was made",
         "",
         versions,
     ]
-    parts += ["", "```json", json.dumps(run, indent=2), "```", ""]
-    return "\n".join(parts)
+    for name, value in (("Config", run), ("Fingerprint of the data", fingerprint)):
+        parts += ["", f"{name}:", "", "```json", json.dumps(value, indent=2), "```"]
+    return "\n".join([*parts, ""])
 
 
 def _version(package: str) -> str:

@@ -123,7 +123,9 @@ class Console:
 
     def comparison(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Held-out numbers before and after; either may be a whole line of metrics.jsonl."""
-        self._grid(comparison(before, after))
+        grid = comparison(before, after)
+        if grid.rows:
+            self._grid(grid)
 
     def samples(self, before: Iterable[Answered], after: Iterable[Answered]) -> None:
         """Answers to the same prompts before and after, side by side."""
@@ -223,7 +225,7 @@ class Console:
     def _cut(text: str) -> str:
         if len(text) <= MOST:
             return text
-        return f"{text[: MOST // 2]} ... ({len(text) - MOST:,} characters) ... {text[-MOST // 2 :]}"
+        return f"{text[: MOST // 2]} ... ({len(text) - MOST:,} characters left out) ... {text[-MOST // 2 :]}"
 
     def _put(self, styled: Text, text: str | None = None, indent: int = 0) -> None:
         """Shows `styled` on a terminal, and elsewhere `text` (by default the same without its style)."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ftjax.report.parameters import ParameterReport
     from ftjax.report.samples import Sample
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 420, 180, 52, 22
+WIDTH, HEIGHT, LEFT, BOTTOM = 420, 180, 66, 22
 
 STYLE = """
 :root { --fg: #1c2024; --dim: #66707a; --bg: #ffffff; --line: #dfe3e8; --accent: #2563a8; --good: #14703c; --soft: #f4f6f8 }
@@ -41,6 +41,7 @@ td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px so
 pre, .text { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 pre { background: var(--soft); padding: .8rem; border-radius: 4px } .masked { color: var(--dim) }
 .trained { color: var(--good); font-weight: 600 } .curves { display: flex; flex-wrap: wrap; gap: 1rem }
+.answers { table-layout: fixed; width: 100%; min-width: 44rem } svg { max-width: 100%; height: auto }
 figure { margin: 0 } figcaption { font-size: .9rem; color: var(--dim) } svg text { fill: var(--dim); font-size: 11px }
 svg .axis { stroke: var(--line) } svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6 }
 svg circle { fill: var(--accent) }
@@ -69,7 +70,7 @@ def write_report(
     environment = folder / "environment.json"
     found = environment.read_text(encoding="utf-8") if environment.exists() else "{}"
     sections = [
-        ("Held-out results", table(comparison(before, after))),
+        ("Held-out results", table(comparison(before, after)) if before or after else ""),
         ("Curves", f"<div class=curves>{''.join(_curves(lines))}</div>"),
         ("Answers to held-out prompts", _samples(samples)),
         ("What reaches the loss", _preview(preview)),
@@ -104,7 +105,7 @@ def _samples(samples: Sequence[Sample]) -> str:
         for texts in ((s.prompt, s.before, s.after, s.reference) for s in samples)
     )
     head = "".join(f"<th>{h}</th>" for h in ("prompt", "before", "after", "reference"))
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return f"<div class=wide><table class=answers><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 def _preview(examples: Sequence[PreviewExample]) -> str:
@@ -113,7 +114,8 @@ def _preview(examples: Sequence[PreviewExample]) -> str:
         kind = {True: "trained", False: "masked"}
         spans = "".join(f"<span class={kind[s.trained]}>{_text(s.text)}</span>" for s in e.spans)
         out.append(f"<p class=dim>{_text(e.origin)}: {e.trained} of {e.tokens} tokens trained</p><pre>{spans}</pre>")
-    return "".join(out)
+    legend = "<p class=note><span class=trained>bold green</span> is trained, the rest is masked</p>"
+    return legend + "".join(out) if out else ""
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -124,8 +126,18 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         points = [(float(r["step"]), float(r[key])) for r in lines if r.get("event") == event and key in r]
         points = [p for p in points if math.isfinite(p[1])]
         if points:
-            figures.append(_curve(points, name))
+            figures.append(_curve(_thinned(points), name))
     return figures
+
+
+def _thinned(points: Sequence[tuple[float, float]], most: int = 4 * WIDTH) -> Sequence[tuple[float, float]]:
+    """At most so many points, spikes kept: of each stretch the first, the lowest, the highest and the last."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(len(points) / (most // 4))
+    stretches = (points[i : i + size] for i in range(0, len(points), size))
+    kept = ({s[0], min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1]), s[-1]} for s in stretches)
+    return [p for stretch in kept for p in sorted(stretch)]
 
 
 def _curve(points: Sequence[tuple[float, float]], name: str) -> str:

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ftjax.errors import CheckpointError, did_you_mean
+from ftjax.errors import CheckpointError
 from ftjax.train.files import read_json, reason_of, sync_folder, write_atomic
+from ftjax.train.leaves import flatten, is_key, pack, require_same, row, target, unpack
 from ftjax.train.manifest import MANIFEST, Damage, examine, hash_files, read_manifest, sealed
 
 FORMAT = 1
@@ -64,6 +65,8 @@ class Checkpoints:
       folder: where the step folders live; created if absent. A local or shared POSIX file system.
       keep: newest checkpoints kept.
       keep_best: also keep the one with the lowest metric.
+      readonly: change nothing in the folder, which another process may be writing: damaged steps are skipped where they
+        are. Whoever has not locked the run folder (evaluation, generation) opens it so.
       message: called from the calling thread with each thing a user must see.
 
     Raises:
@@ -71,10 +74,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, *, keep: int = 2, keep_best: bool = True, message: Callable[[str], None] = print
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        keep_best: bool = True,
+        readonly: bool = False,
+        message: Callable[[str], None] = print,
     ):
         self.folder = Path(folder).absolute()
-        self.keep, self.keep_best, self.message = keep, keep_best, message
+        self.keep, self.keep_best, self.readonly, self.message = keep, keep_best, readonly, message
         self._primary = jax.process_index() == 0  # one host manages files; every host writes and reads its shards
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None  # of the save that ran last
@@ -83,7 +92,7 @@ class Checkpoints:
         # Orbax logs each failed write with its traceback; the same failure is reported here in one line.
         logging.getLogger("absl").addFilter(_not_orbax)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        if self._primary:
+        if self._primary and not readonly:
             self._tidy()
         _from_primary(0)  # nobody looks before the folder is in order
         self._metrics = {step: m["metric"] for step in self.steps if (m := read_manifest(self.folder / str(step)))}
@@ -91,6 +100,8 @@ class Checkpoints:
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps that have a folder, oldest first."""
+        if not self.folder.is_dir():
+            return ()
         return tuple(sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir()))
 
     @property
@@ -123,6 +134,7 @@ class Checkpoints:
           CheckpointError: the second failure in a row; names the last good step.
           TypeError: `extra` is not JSON.
         """
+        assert not self.readonly
         extra_text = json.dumps(extra, sort_keys=True) + "\n"  # now: the loop goes on to change what is in it
         self._join()
         if step == self._last:
@@ -178,28 +190,30 @@ class Checkpoints:
         self._join()
         path = self.folder / str(step)
         if not path.is_dir():
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}. Steps: {_listing(self.steps)}")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint of step {step}. Steps: {', '.join(map(str, self.steps)) or 'none'}"
+            )
         if verify and self._primary and (damage := examine(path)):
             self._set_aside(step, damage)
             raise CheckpointError(f"the checkpoint of step {step} is damaged: {damage.text}")
         manifest = read_manifest(path)
         assert manifest is not None, path
-        leaves, rebuild = _flatten(template)
-        _require_same(step, manifest["leaves"], {name: _row(leaf) for name, leaf in leaves.items()})
-        targets = {name: _target(leaf) for name, leaf in leaves.items() if leaf.size}
+        leaves, rebuild = flatten(template)
+        require_same(step, manifest["leaves"], {name: row(leaf) for name, leaf in leaves.items()})
+        targets = {name: target(leaf) for name, leaf in leaves.items() if leaf.size}
         try:
             stored = self._orbax.restore(path / STATE, args=ocp.args.StandardRestore(targets))
         except Exception as e:
             text = f"the checkpoint of step {step} is intact (sha256 of every file agrees) but cannot be read: "
             raise CheckpointError(text + reason_of(e)) from e
-        arrays = {name: _unpack(leaf, stored.get(name), manifest["keys"].get(name)) for name, leaf in leaves.items()}
+        arrays = {name: unpack(leaf, stored.get(name), manifest["keys"].get(name)) for name, leaf in leaves.items()}
         return Restored(step, rebuild(arrays), read_json(path / EXTRA))
 
     def close(self) -> None:
         """Waits for the last save and frees the threads. A failure is only reported: use `wait` to raise."""
         if self._thread is not None:
             try:
-                self._join()
+                self._join(agree=False)  # perhaps only this host is leaving, with an error
             except CheckpointError as e:
                 self.message(str(e))
         self._orbax.close()
@@ -214,10 +228,10 @@ class Checkpoints:
     # Saving.
 
     def _start(self, step: int, state: Any, extra_text: str, metric: float | None) -> None:
-        leaves, _ = _flatten(state)
-        table = {name: _row(leaf) for name, leaf in leaves.items()}
-        arrays = {name: _pack(leaf) for name, leaf in leaves.items() if leaf.size}  # orbax refuses empty arrays
-        keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
+        leaves, _ = flatten(state)
+        table = {name: row(leaf) for name, leaf in leaves.items()}
+        arrays = {name: pack(leaf) for name, leaf in leaves.items() if leaf.size}  # orbax refuses empty arrays
+        keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if is_key(leaf)}
         manifest = {"format": FORMAT, "step": step, "metric": metric, "leaves": table, "keys": keys}
         path = self.folder / f"{step}{SAVING}"
         self._error = None
@@ -259,17 +273,20 @@ class Checkpoints:
                 (self.folder / str(step)).rename(doomed)  # at once: half deleted must not look like damaged
                 shutil.rmtree(doomed)
 
-    def _join(self, tolerated: int = 1) -> None:
-        """Ends the save in progress and reports its outcome."""
+    def _join(self, *, tolerated: int = 1, agree: bool = True) -> None:
+        """Ends the save in progress and reports its outcome, which is the same on every host if they `agree`."""
         ended = self._thread is not None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             self._failures = 0 if self._error is None else self._failures + 1
+            if agree:
+                self._failures, self._last = _from_primary(self._failures) or 0, _from_primary(self._last)
         if self._failures == 0 or not (ended or tolerated == 0):
             return
         good = "there is no good one yet" if self._last is None else f"the last good checkpoint is step {self._last}"
-        text = f"saving a checkpoint to {self.folder} failed: {reason_of(self._error)}; {good}"
+        why = reason_of(self._error) if self._error else "see the first host"
+        text = f"saving a checkpoint to {self.folder} failed: {why}; {good}"
         if self._failures > tolerated:
             raise CheckpointError(text) from self._error
         self.message(text + ". Training continues; the run stops if the next save fails too")
@@ -297,6 +314,9 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, damage: Damage) -> None:
+        if self.readonly:
+            self.message(f"the checkpoint of step {step} is damaged: {damage.text}. It is not used")
+            return
         place = self.folder / QUARANTINE / f"{step}-{damage.reason}"
         number = 1
         while place.exists():
@@ -315,67 +335,9 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _from_primary(step: int | None) -> int | None:
-    """The primary host's choice, on every host."""
+def _from_primary(number: int | None) -> int | None:
+    """The primary host's number, on every host."""
     if jax.process_count() == 1:
-        return step
-    chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(-1 if step is None else step)))
+        return number
+    chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(-1 if number is None else number)))
     return None if chosen < 0 else chosen
-
-
-# Leaves: orbax gets a flat dictionary of arrays, so NamedTuples, dataclasses and None holes are ours alone.
-
-
-def _flatten(tree: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """`{path: leaf}` and the way back."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in pairs}
-    assert len(leaves) == len(pairs), "two leaves share a path"
-    return leaves, lambda arrays: jax.tree.unflatten(treedef, [arrays[name] for name in leaves])
-
-
-def _row(leaf: Any) -> list:
-    return [str(leaf.dtype), *leaf.shape]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _pack(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-
-
-def _unpack(leaf: Any, array: jax.Array | None, impl: str | None) -> jax.Array:
-    if array is None:  # an empty leaf, which is not stored
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    return jax.random.wrap_key_data(array, impl=impl) if impl else array
-
-
-def _show(row: list) -> str:
-    return f"{row[0]}{row[1:]}"
-
-
-def _require_same(step: int, saved: dict[str, list], wanted: dict[str, list]) -> None:
-    """Raises CheckpointError listing the first leaves that differ: the files are good, the run is another."""
-    if saved == wanted:
-        return
-    changed = [n for n in saved if n in wanted and saved[n] != wanted[n]]
-    problems = [f"{n}: saved as {_show(saved[n])}, the run has {_show(wanted[n])}" for n in changed]
-    absent = [n for n in wanted if n not in saved]
-    problems += [f"{n}: the run has it, the checkpoint has not.{did_you_mean(n, saved)}" for n in absent]
-    problems += [f"{n}: the checkpoint has it, the run has not" for n in saved if n not in wanted]
-    more = [f"and {len(problems) - 8} more"] * (len(problems) > 8)
-    title = f"the checkpoint of step {step} is intact but belongs to another state ({len(problems)} leaves differ):"
-    hint = "Use the config it was made with, or another run folder."
-    raise CheckpointError("\n".join([title, *(f"  {p}" for p in [*problems[:8], *more]), hint]))
-
-
-def _listing(steps: tuple[int, ...]) -> str:
-    return ", ".join(map(str, steps)) or "none"

@@ -10,7 +10,7 @@ import dataclasses as dc
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -70,6 +70,7 @@ class Loop:
       rows_of: the rows of the data set in the batch of a step (counted from 0), to name them.
       log: metric files.
       checkpoints: saved states.
+      signals: whether the user asked to stop.
       evaluate: ``(state, step) -> held-out loss``; logs by itself.
       show: called with (step, scalars, timing) for the console.
       message: called with texts for the user.
@@ -81,6 +82,7 @@ class Loop:
     rows_of: Callable[[int], Iterable[str]]
     log: MetricLog
     checkpoints: Checkpoints
+    signals: Signals
     evaluate: Callable[[State, int], float]
     show: Callable[[int, dict[str, float], dict[str, float]], None]
     message: Callable[[str], None]
@@ -98,47 +100,53 @@ class Loop:
           Interrupted: after a signal; the state is saved.
           DivergenceError: too many steps in a row were not finite.
         """
-        run = self.setup.run
+        total = self.setup.run.train.steps
         pending: tuple[int, Any, float] | None = None
         self._clock = time.perf_counter()
-        with Signals(self.message) as signals:
-            n = start
-            while n < run.train.steps and not self.progress.early_stop.exhausted:
-                batch = next(self.source)
-                state, metrics = self.step(state, self.setup.frozen, batch)
-                n += 1
-                self._read(pending)
-                pending = (n, metrics, self.source.last_wait_s)
-                if self._due(n, run.evaluate.every) or self._due(n, run.checkpoint.every) or signals.received:
-                    self._read(pending)
-                    pending = None
-                    self._milestone(state, n, signals)
+        n = start
+        while n < total and not self.progress.early_stop.exhausted:
+            if self.signals.received:  # it came before the first step: what is on disk is all there is
+                self._leave(n, self.checkpoints.last_step)
+            batch = next(self.source)
+            state, metrics = self.step(state, self.setup.frozen, batch)
+            n += 1
             self._read(pending)
-            if n > start and self.checkpoints.last_step != n and not self._due(n, run.checkpoint.every):
-                self._save(state, n, metric=self._last_eval)
+            pending = (n, metrics, self.source.last_wait_s)
+            if self._stops_at(n):
+                self._read(pending)
+                pending = None
+                self._milestone(state, n)
         return state
 
     _last_eval: float | None = None
 
     def _due(self, n: int, every: int) -> bool:
-        return every > 0 and n % every == 0
+        """Whether something done `every` so many steps is due; everything is at the last step."""
+        return (every > 0 and n % every == 0) or n == self.setup.run.train.steps
 
-    def _milestone(self, state: State, n: int, signals: Signals) -> None:
+    def _stops_at(self, n: int) -> bool:
+        run = self.setup.run
+        return self._due(n, run.evaluate.every) or self._due(n, run.checkpoint.every) or bool(self.signals.received)
+
+    def _milestone(self, state: State, n: int) -> None:
         """Evaluation, checkpoint, leaving: whatever is due after step n, with nothing of it pending."""
         run = self.setup.run
         self._last_eval = None
         if self._due(n, run.evaluate.every):
             loss = self.evaluate(state, n)
             self.progress.early_stop = self.progress.early_stop.update(n, loss)
-            self._last_eval = loss
-        stop = signals.received or self.progress.early_stop.exhausted
+            self._last_eval = loss if math.isfinite(loss) else None
+        stop = self.signals.received or self.progress.early_stop.exhausted
         if self._due(n, run.checkpoint.every) or self._improved() or stop:
             self._save(state, n, metric=self._last_eval)
-        if signals.received:
+        if self.signals.received:
             self.checkpoints.wait()
-            saved = self.checkpoints.folder / str(n)
-            raise Interrupted(signals.received, step=n, saved=saved, command=same_command())
+            self._leave(n, n)
         self._clock = time.perf_counter()
+
+    def _leave(self, n: int, saved: int | None) -> NoReturn:
+        where = None if saved is None else self.checkpoints.folder / str(saved)
+        raise Interrupted(self.signals.received, step=n, saved=where, command=same_command())
 
     def _improved(self) -> bool:
         return self.setup.run.checkpoint.keep_best and self._last_eval is not None and self.progress.early_stop.improved
