@@ -460,7 +460,8 @@ def one_of_two_hosts(index: int, port: int, folder: Path, results: Any) -> None:
     with Checkpoints(folder, message=said.append) as checkpoints:
         found = checkpoints.restore(states[0])
         mine = [
-            (a.data, b.data) for a, b in zip(found.state["w"].addressable_shards, states[2]["w"].addressable_shards)
+            (a.data, b.data)
+            for a, b in zip(found.state["w"].addressable_shards, states[2]["w"].addressable_shards, strict=True)
         ]
         said.append((found.step, found.extra, all(np.array_equal(a, b) for a, b in mine), len(mine)))
         said.append(bits(found.state["key"]) == bits(states[2]["key"]))

@@ -275,3 +275,13 @@ def test_merged_equals_adapted():
     assert set(merged) == set(tiny.weights(t.model))
     assert largest(t.model.apply(merged, b).logits, t.model.apply(bound, b).logits) < 1e-5
     assert largest(t.model.apply(merged, b).logits, t.model.apply(t.base, b).logits) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [bool, np.int64, np.float32], ids=lambda k: k.__name__)
+def test_an_attention_mask_may_be_of_any_kind(kind):
+    model, base = tiny.llama(), tiny.weights(tiny.llama())
+    ids = np.random.default_rng(1).integers(3, 96, (2, 6))
+    mask = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    want = model.apply(base, {"input_ids": ids, "attention_mask": jnp.asarray(mask, jnp.int32)}).logits
+    got = model.apply(base, {"input_ids": ids, "attention_mask": mask.astype(kind)}).logits
+    assert want.dtype == jnp.float32 and largest(got, want) == 0

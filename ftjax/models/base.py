@@ -225,12 +225,13 @@ def sequence(inputs: dict[str, jax.Array], *, first: bool) -> Seq:
     """Positions, segments and prompt lengths of a batch; what is not given follows from the attention mask."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
+    mask = None if mask is None else jnp.asarray(mask).astype(jnp.int32)
     positions, segments = inputs.get("positions"), inputs.get("segments")
     if positions is None:
         if mask is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         else:
-            positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     if segments is None:
         segments = jnp.zeros_like(ids) if mask is None else jnp.where(mask != 0, 0, ops.PAD_SEGMENT)
     prompt_len = inputs.get("prompt_len")

@@ -64,19 +64,13 @@ class ParameterReport:
         """The report as a table."""
         trained = [r for r in self.rows if r.name not in (FROZEN, FIXED)]
         totals = [_sum("trainable", trained), _sum("all", self.rows)]
-        rows = [
-            (
-                r.name,
-                f"{r.tensors:,}",
-                f"{r.entries:,}",
-                percent(r.entries, self.total),
-                size(r.bytes),
-                _names(r.modules),
-            )
-            for r in (*self.rows, *totals)
-        ]
         header = ("group", "tensors", "entries", "share", "bytes", "modules")
-        return Grid("parameters", header, tuple(rows), totals=2, words=frozenset({0, 5}))
+        rows = tuple(self._cells(r) for r in (*self.rows, *totals))
+        return Grid("parameters", header, rows, totals=2, words=frozenset({0, 5}))
+
+    def _cells(self, r: GroupRow) -> tuple[str, ...]:
+        share = percent(r.entries, self.total)
+        return (r.name, f"{r.tensors:,}", f"{r.entries:,}", share, size(r.bytes), _names(r.modules))
 
 
 def parameter_report(table: Table, trainable: Any, const: Any, frozen: Any, groups: Any) -> ParameterReport:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # What a terminal or a browser obeys rather than shows: control characters but newline and tab, surrogates, and marks
-# that reorder or hide text (bidi overrides, zero-width spaces, tags). The two joiners stay: scripts and emoji need them.
+# that reorder or hide text (bidi overrides, zero-width spaces, tags). The joiners stay: scripts and emoji need them.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
     "\U000e0000-\U000e007f]"
