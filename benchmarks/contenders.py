@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses as dc
 import json
-import os
 import resource
 import sys
 import time
@@ -26,7 +25,7 @@ RANK, ALPHA, LR, CLIP, THREADS, STEPS = 16, 32, 1e-3, 1.0, 2, 1000
 
 @dc.dataclass(frozen=True)
 class Shape:
-    """A Llama and the batch that it is trained on."""
+    """A Llama and the batch that it is trained on; `remat` is ours to choose, as torch's SDPA chooses for itself."""
 
     dim: int
     layers: int
@@ -36,6 +35,7 @@ class Shape:
     tied: bool
     rows: int
     length: int
+    remat: str = "none"
 
     @property
     def tokens(self) -> int:
@@ -58,7 +58,7 @@ class Shape:
 # The 15M model is tied as llama2.c's stories15M is (untied it would have 24M parameters); the 45M one is not (46M).
 SHAPES = {
     "15m": Shape(288, 6, 768, 6, 32000, True, 4, 256),
-    "45m": Shape(512, 12, 1376, 8, 8192, False, 8, 256),
+    "45m": Shape(512, 12, 1376, 8, 8192, False, 8, 256, remat="dots"),
     "tiny": Shape(64, 2, 172, 4, 512, True, 2, 32),
 }
 
@@ -131,7 +131,7 @@ def ftjax_step(folder: Path, shape: Shape, args: argparse.Namespace) -> Step:
         train: Train
         objective: CausalLM
 
-    numerics = Numerics(layers=args.layers, loss_chunk=args.loss_chunk, remat=args.remat)
+    numerics = Numerics(layers=args.layers, loss_chunk=args.loss_chunk, remat=args.remat or shape.remat)
     model, params = hf.load(folder, dtype="float32", numerics=numerics)
     peft = LoRA(rank=RANK, alpha=ALPHA)
     overlay = peft.init(jax.random.key(0), model.table, params)
@@ -165,25 +165,19 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def current_mib() -> float:
-    """Resident memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def serve(step: Step, started: float, imported: float) -> None:
+def serve(step: Step, started: float) -> None:
     """First step, then whatever stdin asks for."""
 
     def say(**what: object) -> None:
         print(json.dumps(what), flush=True)
 
-    ready = time.time()
     loss = step(0)
-    say(loss=loss, first_step_s=time.time() - started, loaded_s=ready - imported, peak_mib=peak_mib())
+    say(loss=loss, first_step_s=time.time() - started)
     done = 1
     for line in sys.stdin:
         word, *rest = line.split()
         if word == "quit":
-            say(peak_mib=peak_mib(), now_mib=current_mib())
+            say(peak_mib=peak_mib())
             return
         seconds, cpu, losses = [], [], []
         for _ in range(int(rest[0])):
@@ -202,8 +196,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, default="15m")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", choices=("scan", "unroll"), default="unroll")
-    parser.add_argument("--loss-chunk", type=int, default=1024)
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument("--loss-chunk", type=int, default=256)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="", help="default: the model's own")
     parser.add_argument("--cache", default="")
     parser.add_argument("--plain-flags", action="store_true", help="leave XLA's flags as they are")
     parser.add_argument("--started", type=float, default=time.time(), help="when the process was started")
@@ -212,9 +206,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Builds one contender and serves it."""
-    imported = time.time()
     args = arguments()
-    serve(CONTENDERS[args.contender](args.folder, SHAPES[args.model], args), args.started, imported)
+    serve(CONTENDERS[args.contender](args.folder, SHAPES[args.model], args), args.started)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def filled(folder: Path, steps: tuple[int, ...] = (3, 6, 9), keep: int = 5) -> d
     states = {step: make_state(step) for step in steps}
     with Checkpoints(folder, keep=keep) as checkpoints:
         for step, state in states.items():
-            checkpoints.save(step, state, extra={"position": step})
+            checkpoints.save(step, state, extra={"position": step}, metric=1 / step)
             checkpoints.wait()
     return states
 
@@ -138,7 +138,7 @@ def test_saving_does_not_wait_for_the_files(tmp_path, monkeypatch):
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 1.0}
+    losses = {1: float("nan"), 2: 1.0, 3: None, 4: 2.0, 5: float("-inf"), 6: 1.0}
     with Checkpoints(tmp_path / "best", keep=2) as checkpoints:
         for step, loss in losses.items():
             checkpoints.save(step, make_state(step), extra={}, metric=loss)
@@ -220,7 +220,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(tmp_path, reason
         assert found.step == 6 and found.lost == 3 and found.extra == {"position": 6}
         assert bits(found.state) == bits(states[6])
         place = tmp_path / "quarantine" / f"9-{reason.strip()}"
-        assert place.is_dir() and checkpoints.steps == (3, 6)
+        assert place.is_dir() and checkpoints.steps == (3, 6) and checkpoints.best_step == 6
         assert said[0].startswith("the checkpoint of step 9 is damaged: ") and text in said[0] and str(place) in said[0]
         assert said[1] == "resuming from step 6; 3 steps are lost and will be repeated"
         assert checkpoints.save(9, states[9], extra={})  # the step is reached again
@@ -300,7 +300,7 @@ def test_a_reader_changes_nothing(tmp_path):
     before = contents(tmp_path)
     said: list[str] = []
     with Checkpoints(tmp_path, readonly=True, message=said.append) as checkpoints:
-        assert checkpoints.restore(make_state()).step == 6
+        assert checkpoints.restore(make_state()).step == checkpoints.best_step == 6
         with pytest.raises(CheckpointError, match="the checkpoint of step 9 is damaged"):
             checkpoints.load(9, make_state())
     assert contents(tmp_path) == before and said[0].endswith("differs from what was saved. It is not used")
@@ -548,12 +548,14 @@ def train(folder: Path, tell: Any, die_at: int = 0) -> None:
 
 
 def kill_at(count: int) -> None:
-    left = [count]
+    left, rmtree = [count], shutil.rmtree
 
     def deadly(function):
         def call(*args, **kwargs):
             left[0] -= 1
             if left[0] == 0:
+                if function is rmtree:  # killed in the middle of it
+                    os.unlink(args[0] / MANIFEST)
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
@@ -562,7 +564,7 @@ def kill_at(count: int) -> None:
     for name in ("write_atomic", "hash_files", "sealed", "sync_folder"):
         setattr(checkpoint, name, deadly(getattr(checkpoint, name)))
     checkpoint.Path.rename = deadly(Path.rename)
-    shutil.rmtree = deadly(shutil.rmtree)
+    shutil.rmtree = deadly(rmtree)
 
 
 def run_to_the_end(fork: Any, folder: Path) -> list[str]:

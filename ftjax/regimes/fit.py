@@ -263,7 +263,7 @@ def restored_state(setup: Setup, folder: RunFolder, message: Any) -> tuple[State
     Raises:
       CheckpointError: the run has no checkpoint yet.
     """
-    with Checkpoints(folder.checkpoints, message=message) as checkpoints:
+    with Checkpoints(folder.checkpoints, readonly=True, message=message) as checkpoints:
         best = checkpoints.best_step if setup.run.checkpoint.keep_best else None
         found = checkpoints.load(best, setup.state) if best is not None else checkpoints.restore(setup.state)
         if found is None:
