@@ -3,8 +3,8 @@
     python benchmarks/cpu_step.py --quick                # the 15M model, a few minutes
     python benchmarks/cpu_step.py --output benchmarks/results/cpu_step.md
 
-Each contender is a process of its own (see `contenders.py`); they take turns in the order A B .. B A, one running while the others
-wait, so that a slow phase of the machine hits all of them. The speed ratio is taken turn by turn.
+Each contender is a process of its own (see `contenders.py`); they take turns in the order A B .. B A, one running
+while the others wait, so that a slow phase of the machine hits all of them. Linux only (it reads /proc).
 """
 
 from __future__ import annotations
