@@ -53,6 +53,7 @@ class Fit(Component):
                 console.note(f"{run.folder} exists: continuing this run")
             console.header(run)
             setup = prepare(run, say=console.note)
+            console.quiet = jax.process_index() != 0
             introduce(setup, console)
             step = compiled_step(setup, console)
             _Job(setup, step, console, folder, allow, signals).go()

@@ -1,170 +1,190 @@
-"""`report.html`: one self-contained page about a run: results, curves, samples, tables, config, environment.
+"""The run report: one self-contained HTML file with results, curves, samples, parameters, memory and config.
 
-    path = write_report(folder, before=..., after=..., memory=..., parameters=..., preview=[...])
+    path = write_report("runs/quickstart", before=before, after=after, parameters=..., memory=..., preview=...)
 
-No scripts and nothing loaded from elsewhere; whatever came from data or models is escaped.
+What is not given is read from the run folder, so an old folder can be reported on as well. Nothing is loaded from
+elsewhere, nothing is executed, and every text of a model, a data set or a config is escaped.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftjax.report.grid import html as table
-from ftjax.report.samples import ABSENT, comparison
-from ftjax.report.units import number, title, visible
+from ftjax.report.grid import html as grid_html
+from ftjax.report.history import Curve, History, Line, read_history
+from ftjax.report.samples import ABSENT, Sample, comparison
+from ftjax.report.svg import Series, chart, smooth
+from ftjax.report.theme import CSS
+from ftjax.report.units import clock, measured, number, short, title, visible
+from ftjax.train.files import write_atomic
 
 if TYPE_CHECKING:
     from ftjax.data.preview import PreviewExample
     from ftjax.report.memory import MemoryReport
     from ftjax.report.parameters import ParameterReport
-    from ftjax.report.samples import Sample
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 420, 180, 66, 22
-
-STYLE = """
-:root { --fg: #1c2024; --dim: #66707a; --bg: #ffffff; --line: #dfe3e8; --accent: #2563a8; --good: #14703c; --soft: #f4f6f8 }
-@media (prefers-color-scheme: dark) {
-  :root { --fg: #e6e9ec; --dim: #98a2ad; --bg: #14171a; --line: #32383f; --accent: #7db4ee; --good: #6fcf97; --soft: #1d2125 }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-.dim, .note, summary { color: var(--dim) } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { color: var(--dim); font-weight: 500 }
-td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-.n { text-align: right } .total td { font-weight: 600 }
-pre, .text { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-pre { background: var(--soft); padding: .8rem; border-radius: 4px } .masked { color: var(--dim) }
-.trained { color: var(--good); font-weight: 600 } .curves { display: flex; flex-wrap: wrap; gap: 1rem }
-.answers { table-layout: fixed; width: 100%; min-width: 44rem } svg { max-width: 100%; height: auto }
-figure { margin: 0 } figcaption { font-size: .9rem; color: var(--dim) } svg text { fill: var(--dim); font-size: 11px }
-svg .axis { stroke: var(--line) } svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6 }
-svg circle { fill: var(--accent) }
-"""
+LOWER_IS_BETTER = ("loss", "perplexity")
+# Belt and braces: even a text that escaped the escaping could not run or load anything.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_report(
-    folder: Path, *, before: Mapping[str, Any], after: Mapping[str, Any], memory: MemoryReport,
-    parameters: ParameterReport, preview: Sequence[PreviewExample], lines: Sequence[Mapping[str, Any]],
-    samples: Sequence[Sample],
+    folder: str | Path, *, before: Mapping[str, Any] | None = None, after: Mapping[str, Any] | None = None,
+    parameters: ParameterReport | None = None, memory: MemoryReport | None = None,
+    preview: Sequence[PreviewExample] = (), lines: Sequence[Line] | None = None, samples: Sequence[Sample] | None = None,
 ) -> Path:  # fmt: skip
-    """Writes the page of a run folder.
+    """Writes ``report.html`` into a run folder.
 
     Args:
-      folder: holds config.json and environment.json.
-      before, after: held-out numbers.
-      memory, parameters: the run's reports.
-      preview: examples with their trained tokens.
-      lines: the events of metrics.jsonl.
-      samples: answers side by side.
+      folder: of the run.
+      before: held-out numbers before training, as a line of metrics.jsonl; the first logged ones by default.
+      after: those of what was exported; the last logged ones by default.
+      parameters: what was trained.
+      memory: of the compiled step.
+      preview: examples with the tokens that reach the loss.
+      lines: of metrics.jsonl; read from the folder by default.
+      samples: answers side by side; by default those logged at the steps of `before` and `after`.
 
     Returns:
-      Path of ``report.html``.
+      Path of the page.
+
+    Raises:
+      CheckpointError: a line of the run's files is damaged.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    environment = folder / "environment.json"
-    found = environment.read_text(encoding="utf-8") if environment.exists() else "{}"
-    sections = [
-        ("Held-out results", table(comparison(before, after)) if before or after else ""),
-        ("Curves", f"<div class=curves>{''.join(_curves(lines))}</div>"),
-        ("Answers to held-out prompts", _samples(samples)),
-        ("What reaches the loss", _preview(preview)),
-        ("Parameters", table(parameters.grid())),
-        ("Memory per device", table(memory.grid())),
-    ]
-    body = "\n".join(f"<h2>{name}</h2>\n{content}" for name, content in sections if content)
-    name = _text(config["name"])
-    what = f"{config['objective']['name']} with {config['peft']['name']} on {config['data']['name']}"
-    page = (
-        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{name}</title>\n"
-        f"<meta name=viewport content='width=device-width, initial-scale=1'><style>{STYLE}</style></head><body>\n"
-        f"<h1>{name}</h1><p class=dim>{_text(what)}</p>\n{body}\n"
-        f"<h2>Config</h2><details><summary>config.json</summary><pre>{_text(json.dumps(config, indent=2))}</pre></details>\n"
-        f"<h2>Environment</h2><details><summary>environment.json</summary><pre>{_text(found)}</pre></details>\n"
-        "</body></html>\n"
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    history = read_history(folder, lines)
+    before = history.first_eval if before is None else before
+    after = history.last_eval if after is None else after
+    pairs = history.pairs(before.get("step"), after.get("step")) if samples is None else samples
+    sections = {
+        "Held-out results": grid_html(comparison(before, after)) if before or after else "",
+        "Curves": _curves(history),
+        "Answers to held-out prompts": _samples(history, pairs),
+        "What reaches the loss": _previews(preview),
+        "Parameters": grid_html(parameters.grid()) if parameters else "",
+        "Memory per device": grid_html(memory.grid()) if memory else "",
+        "Environment": _environment(history.environment),
+        "Config": _config(history.config),
+    }
+    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections.items() if content)
+    path = Path(folder) / "report.html"
+    write_atomic(path, _page(str(history.config.get("name", path.parent.name)), _top(history, before, after) + body))
     return path
 
 
-def _text(text: str) -> str:
-    return escape(visible(text))
+def _page(name: str, body: str) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(name)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{CSS}</style></head>\n'
+        f"<body><main>{body}</main></body></html>\n"
+    )
 
 
-def _samples(samples: Sequence[Sample]) -> str:
+def _text(value: Any) -> str:
+    """Any value as harmless HTML text."""
+    return escape(visible(str(value)))
+
+
+def _top(history: History, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    config = history.config
+    names = {k: config.get(k, {}).get("name", "") for k in ("objective", "peft", "data")}
+    parts = [f"{names['objective']} with {names['peft']} on {names['data']}"] if all(names.values()) else []
+    steps, seconds = history.train.get("loss", Curve()).x, sum(history.timing.get("seconds", Curve()).y)
+    counts = [f"{steps[-1]:,} steps"] if steps else []
+    counts += [f"{clock(seconds)} of training"] if seconds else []
+    counts += [f"seed {config['seed']}"] if "seed" in config else []
+    lead = " · ".join([*parts, *counts])
+    return f"<h1>{_text(config.get('name', 'run'))}</h1><p class=lead>{_text(lead)}</p>{_cards(before, after)}"
+
+
+def _cards(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    old, new = measured(before), measured(after)
+    cards = []
+    for name, value in list(new.items())[:6]:
+        was, judged = "", ""
+        if name in old and before is not after:
+            was = f"was {number(old[name])}"
+            better = (value < old[name]) == (name in LOWER_IS_BETTER)
+            judged = "" if value == old[name] else " class=good" if better else " class=bad"
+        cards.append(
+            f"<div class=card><span>{_text(title(name))}</span><b{judged}>{number(value)}</b><span>{was}</span></div>"
+        )
+    return f"<div class=cards>{''.join(cards)}</div>" if cards else ""
+
+
+def _curves(history: History) -> str:
+    train, timing = history.train, history.timing
+    losses = _raw_and_smooth(train.get("loss"))
+    held_out = curve_of(history.evals, "loss")
+    losses += [Series("held-out", held_out.x, held_out.y, "points")] if held_out.x else []
+    rate = train.get("lr", Curve())
+    charts = [
+        chart("loss", losses),
+        chart("learning rate", [Series("lr", rate.x, rate.y)], y_text=lambda v: f"{v:.2g}", linear=True),
+        chart("gradient norm", _raw_and_smooth(train.get("grad_norm"))),
+        chart("tokens per second", _raw_and_smooth(timing.get("tokens_per_s")), y_text=short),
+    ]
+    return f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
+
+
+def _raw_and_smooth(curve: Curve | None) -> list[Series]:
+    if curve is None:
+        return []
+    return [Series("each step", curve.x, curve.y, "faint"), Series("smoothed", curve.x, smooth(curve.y))]
+
+
+def curve_of(lines: Iterable[Line], name: str) -> Curve:
+    """One number of some lines, by step."""
+    kept = [line for line in lines if name in line]
+    return Curve(tuple(line["step"] for line in kept), tuple(float(line[name]) for line in kept))
+
+
+def _samples(history: History, samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
-    rows = "".join(
-        "<tr>" + "".join(f"<td class=text>{_text(ABSENT if x is None else x)}</td>" for x in texts) + "</tr>"
-        for texts in ((s.prompt, s.before, s.after, s.reference) for s in samples)
-    )
-    head = "".join(f"<th>{h}</th>" for h in ("prompt", "before", "after", "reference"))
-    return f"<div class=wide><table class=answers><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    head = "".join(f"<th>{name}</th>" for name in ("prompt", "before", "after", "reference"))
+    rows = "".join(_sample(s, history.between(s)) for s in samples)
+    return f"<div class='wide samples'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def _preview(examples: Sequence[PreviewExample]) -> str:
-    out = []
-    for e in examples:
-        kind = {True: "trained", False: "masked"}
-        spans = "".join(f"<span class={kind[s.trained]}>{_text(s.text)}</span>" for s in e.spans)
-        out.append(f"<p class=dim>{_text(e.origin)}: {e.trained} of {e.tokens} tokens trained</p><pre>{spans}</pre>")
-    legend = "<p class=note><span class=trained>bold green</span> is trained, the rest is masked</p>"
-    return legend + "".join(out) if out else ""
-
-
-def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    wanted = [("train", "loss", "training loss"), ("eval", "loss", "held-out loss"), ("train", "lr", "learning rate"),
-              ("train", "grad_norm", "gradient norm")]  # fmt: skip
-    figures = []
-    for event, key, name in wanted:
-        points = [(float(r["step"]), float(r[key])) for r in lines if r.get("event") == event and key in r]
-        points = [p for p in points if math.isfinite(p[1])]
-        if points:
-            figures.append(_curve(_thinned(points), name))
-    return figures
-
-
-def _thinned(points: Sequence[tuple[float, float]], most: int = 4 * WIDTH) -> Sequence[tuple[float, float]]:
-    """At most so many points, spikes kept: of each stretch the first, the lowest, the highest and the last."""
-    if len(points) <= most:
-        return points
-    size = math.ceil(len(points) / (most // 4))
-    stretches = (points[i : i + size] for i in range(0, len(points), size))
-    kept = ({s[0], min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1]), s[-1]} for s in stretches)
-    return [p for stretch in kept for p in sorted(stretch)]
-
-
-def _curve(points: Sequence[tuple[float, float]], name: str) -> str:
-    """One line chart as SVG."""
-    xs, ys = zip(*points, strict=True)
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
-    dx, dy = x1 - x0 or 1.0, y1 - y0 or 1.0
-    w, h = WIDTH - LEFT - 8, HEIGHT - BOTTOM - 8
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (x - x0) / dx * w, 8 + (y1 - y) / dy * h
-
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
-    dots = (
-        "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in (at(*p) for p in points))
-        if len(points) < 20
-        else ""
-    )
-    floor = HEIGHT - BOTTOM
+def _sample(sample: Sample, between: Sequence[Line]) -> str:
+    more = "".join(f"<p class=note>step {int(line['step'])}</p>{_pre(line['completion'])}" for line in between)
+    more = f"<details><summary>while training</summary>{more}</details>" if more else ""
     return (
-        f"<figure><figcaption>{escape(title(name))}, last {escape(number(ys[-1]))}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(name)}">'
-        f'<line class="axis" x1="{LEFT}" y1="8" x2="{LEFT}" y2="{floor}"/>'
-        f'<line class="axis" x1="{LEFT}" y1="{floor}" x2="{WIDTH - 8}" y2="{floor}"/>'
-        f'<polyline class="curve" points="{line}"/>{dots}'
-        f'<text x="{LEFT - 6}" y="16" text-anchor="end">{escape(number(y1))}</text>'
-        f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{escape(number(y0))}</text>'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{x0:.0f}</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {x1:.0f}</text></svg></figure>'
+        f"<tr><td>{_pre(sample.prompt)}</td><td>{_pre(sample.before)}{more}</td>"
+        f"<td class=after>{_pre(sample.after)}</td><td>{_pre(sample.reference)}</td></tr>"
     )
+
+
+def _pre(text: str | None) -> str:
+    return f"<span class=absent>{ABSENT}</span>" if text is None else f"<p class=text>{_text(text)}</p>"
+
+
+def _previews(examples: Sequence[PreviewExample]) -> str:
+    legend = "<p class=note><mark>Marked</mark> text is trained, the rest is masked.</p>"
+    return legend + "".join(map(_preview, examples)) if examples else ""
+
+
+def _preview(example: PreviewExample) -> str:
+    spans = "".join(f"<mark>{_text(s.text)}</mark>" if s.trained else _text(s.text) for s in example.spans)
+    eos = "EOS is trained" if example.trains_eos else "<span class=bad>EOS is not trained</span>"
+    counts = f"{example.trained:,} of {example.tokens:,} tokens trained"
+    head = f"<small>{_text(example.origin)}: {counts}, {eos}</small>"
+    return f"<div class=preview>{head}<p class=text>{spans}</p></div>"
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    flat = {k: v for k, v in environment.items() if not isinstance(v, Mapping) and v is not None}
+    flat |= environment.get("packages", {})
+    return f"<dl>{''.join(f'<dt>{_text(k)}</dt><dd>{_text(v)}</dd>' for k, v in flat.items())}</dl>" if flat else ""
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    return f"<details><summary>config.json</summary><pre>{_text(text)}</pre></details>"
