@@ -73,6 +73,8 @@ def test_second_signal_ends_even_where_no_python_runs(sig, code):
 
 
 def test_handlers_come_back():
+    # A shell that starts the suite in the background makes its children ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     said: list[str] = []
     with Signals(said.append) as signals:
