@@ -50,8 +50,8 @@ FIELD = (
     PEFT,
     Contender("PEFT eager, large pages", "peft", env=PAGES),
     OURS,
-    Contender("ftjax, 4 KiB pages", "ftjax"),
-    Contender("ftjax, XLA's own flags, 4 KiB pages", "ftjax", ("--plain-flags",)),
+    Contender("ftjax without oneDNN", "ftjax", ("--plain-flags",), PAGES),
+    Contender("ftjax without oneDNN and large pages", "ftjax", ("--plain-flags",)),
 )
 
 
