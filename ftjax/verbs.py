@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ftjax import options
 from ftjax.errors import ConfigError, DeviceError, FtjaxError, did_you_mean
 from ftjax.folders import configs, find_config, listed, run_folder, title_of
+from ftjax.parallel import xla_flags
 
 if TYPE_CHECKING:
     from ftjax.config import Run
@@ -131,7 +132,8 @@ def overview() -> str:
 
 # ------------------------------------------------------------------------------------------------ bodies
 def _entry() -> Any:
-    """The module of bodies that train; imported late because it imports JAX."""
+    """The module of bodies that train; imported late because it imports JAX, which reads its flags then."""
+    xla_flags.apply()
     return importlib.import_module("ftjax.entry")
 
 
