@@ -8,7 +8,8 @@ from typing import Any
 
 from ftjax.generate.api import generate as _generate
 from ftjax.models import hf
-from ftjax.models.base import Decoder, Model
+from ftjax.models.base import Model
+from ftjax.models.transformer import Decoder
 from ftjax.params import Store, bounds, cut
 from ftjax.peft import base as peft
 from ftjax.peft.interop import load_adapter

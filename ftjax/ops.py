@@ -74,6 +74,17 @@ def dense(x: jax.Array, w: Any, b: jax.Array | None = None) -> jax.Array:
     return y if b is None else y + b.astype(x.dtype)
 
 
+def conv(x: jax.Array, w: Any, *, stride: int = 1, padding: int = 0) -> jax.Array:
+    """x [B, height, width, in] convolved with w [kernel height, kernel width, in, out], zero padding; x's dtype."""
+    if hasattr(w, "conv"):
+        return w.conv(x, stride=stride, padding=padding)
+    kernel = w.materialize() if hasattr(w, "materialize") else w
+    return jax.lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (stride, stride), [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
 def unembed(x: jax.Array, w: Any) -> jax.Array:
     """x [..., D] times the transpose of an embedding table [V, D]: the tied output head."""
     if hasattr(w, "unembed"):

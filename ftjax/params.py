@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
-Kind = Literal["kernel", "bias", "norm", "embed", "site"]
+Kind = Literal["kernel", "conv", "bias", "norm", "embed", "stat", "site"]
 Store = dict[str, Any]
 
 
@@ -35,11 +36,13 @@ class ParamSpec:
     Attributes:
       shape: as held here; kernels are [in, out], stacked ones [layer, in, out]. For a site: the trailing shape.
       axes: logical axis names, one per dimension; shardings are derived from them.
-      kind: decides weight decay, adapter targets and the parameter groups.
+      kind: decides weight decay, adapter targets and the parameter groups. A "stat" is running state (BatchNorm), never
+        trained by gradients.
       init: "zeros", "ones" or "normal".
       std: standard deviation for "normal".
       hf: name in a Hugging Face checkpoint, with ``{}`` for the layer number.
-      transposed: whether the file holds [out, in] (torch's Linear) rather than [in, out].
+      transposed: whether the file holds [out, in] (torch's Linear) rather than [in, out]; of a convolution's kernel,
+        [out, in, height, width] rather than [height, width, in, out].
     """
 
     shape: tuple[int, ...]
@@ -59,6 +62,25 @@ class ParamSpec:
     def unstacked(self) -> ParamSpec:
         """The same parameter in a single layer."""
         return dc.replace(self, shape=self.shape[1:], axes=self.axes[1:]) if self.stacked else self
+
+    @property
+    def to_file_axes(self) -> tuple[int, ...]:
+        """Order of our dimensions (of a single layer) in the file."""
+        n = len(self.unstacked.shape)
+        return ((3, 2, 0, 1) if n == 4 else tuple(range(n))[::-1]) if self.transposed else tuple(range(n))
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of a single layer in the file."""
+        return tuple(self.unstacked.shape[i] for i in self.to_file_axes)
+
+    def from_file(self, value: np.ndarray) -> np.ndarray:
+        """A tensor of the file as it is held here."""
+        return value.transpose(np.argsort(self.to_file_axes)) if self.transposed else value
+
+    def to_file(self, value: np.ndarray) -> np.ndarray:
+        """The inverse of `from_file`."""
+        return value.transpose(self.to_file_axes) if self.transposed else value
 
 
 Table = dict[str, ParamSpec]

@@ -17,7 +17,7 @@ from ftjax.data.encode import encode_prompt
 from ftjax.errors import ConfigError, DataError
 from ftjax.generate.decode import CHUNK, decode, soft_columns
 from ftjax.generate.sampling import Sampling
-from ftjax.models.base import Decoder
+from ftjax.models.transformer import Decoder
 from ftjax.params import Store
 
 LOOK = 16  # tokens between two looks for stop texts

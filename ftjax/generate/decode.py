@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from ftjax.generate.sampling import Sampling, SamplingArrays, draw
-from ftjax.models.base import Decoder
+from ftjax.models.transformer import Decoder
 from ftjax.ops import PAD_SEGMENT
 from ftjax.params import nest
 

@@ -1,11 +1,11 @@
-"""What every family gives and what every caller uses: `Model`, its output, and decoder-only language models.
+"""What every family gives and what every caller uses: `Model`, its head, its output.
 
     model = Llama(LlamaConfig(...), Numerics())
     out = model.apply(params, {"input_ids": ids, "attention_mask": mask})
-    out.logits                                    # float32 [B, T, V]
+    out.logits                                    # float32 [B, T, V], or [B, labels]
 
 A model is a hashable description; parameters are a flat dict that the caller holds (see `ftjax.params`). A family is one
-file with a config read from Hugging Face's `config.json` and a `Block`; `Decoder` runs the blocks.
+file with a config read from Hugging Face's `config.json` and a `Block`; see `ftjax.models.transformer` for what runs it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import struct
 
 from ftjax import ops
+from ftjax.errors import ConfigError, did_you_mean
 from ftjax.kernels.vocab_loss import token_nll
-from ftjax.models.layers import Cache, Seq, run_stack
-from ftjax.params import ParamSpec, Store, Table, declare, nest, site, stack
+from ftjax.models.layers import Cache, soft_cap
+from ftjax.params import Store, Table
 
 
 @dc.dataclass(frozen=True)
@@ -50,16 +50,50 @@ class FamilyConfig:
         raise NotImplementedError
 
 
+@dc.dataclass(frozen=True)
+class HeadSpec:
+    """What stands on top of a model.
+
+    Attributes:
+      kind: one of the family's `heads`: causal_lm, masked_lm, sequence_classification, token_classification,
+        question_answering, value (a number per token), image_classification, ...; empty: the family's first.
+      labels: names of the outputs, in order; empty for language models.
+      problem: of a sequence classification, as transformers' ``problem_type``: regression,
+        single_label_classification, multi_label_classification; empty: not said.
+    """
+
+    kind: str = ""
+    labels: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether it predicts tokens; such a head is pretrained, others are new and always trained."""
+        return self.kind in ("causal_lm", "masked_lm", "seq2seq_lm")
+
+
+def label_names(n: int) -> tuple[str, ...]:
+    """transformers' names of outputs that have none."""
+    return tuple(f"LABEL_{i}" for i in range(n))
+
+
 @struct.dataclass
 class Head:
-    """The output projection: `w` [D, V], or the embedding table [V, D] when `tied`."""
+    """The output projection: `w` [D, V], or the embedding table [V, D] when `tied`; bias `b`; soft limit `cap`."""
 
     w: Any
     tied: bool = struct.field(pytree_node=False)
+    b: Any = None
+    cap: float | None = struct.field(pytree_node=False, default=None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., V] in x's dtype."""
-        return ops.unembed(x, self.w) if self.tied else ops.dense(x, self.w)
+        if self.tied:
+            y = ops.unembed(x, self.w)
+            y = y if self.b is None else y + self.b.astype(x.dtype)
+        else:
+            y = ops.dense(x, self.w, self.b)
+        return y if self.cap is None else soft_cap(y, self.cap)
 
 
 @struct.dataclass
@@ -67,20 +101,22 @@ class Output:
     """What a model returns.
 
     Attributes:
-      hidden: last hidden values after the final norm [B, T, D].
+      hidden: what the head is applied to: last hidden values [B, T, D], or pooled ones [B, D].
       head: the output projection, not yet applied.
       cache: keys and values when decoding.
+      mutable: running statistics after this batch, by store key; empty unless the model has any and trains them.
       chunk: tokens whose logits may exist at once.
     """
 
     hidden: jax.Array
     head: Head
     cache: Cache | None = None
+    mutable: Store = struct.field(default_factory=dict)
     chunk: int = struct.field(pytree_node=False, default=0)
 
     @property
     def logits(self) -> jax.Array:
-        """float32 [B, T, V]."""
+        """float32 [B, T, V], or [B, labels] of a pooled head."""
         return self.head(self.hidden).astype(jnp.float32)
 
     def nll(self, targets: jax.Array, *, smoothing: jax.Array | float = 0.0) -> Any:
@@ -88,165 +124,53 @@ class Output:
         return token_nll(self.head, self.hidden, targets, smoothing=smoothing, chunk=self.chunk)
 
 
-class _Input(nn.Module):
-    """Declares the site where soft prompts enter."""
-
-    dim: int
-
-    @nn.compact
-    def __call__(self, seq: Seq) -> Seq:
-        return site(self, "tap", seq, None, ParamSpec((self.dim,), ("embed",), "site"))
-
-
 @dc.dataclass(frozen=True)
 class Model:
-    """A family's architecture with its numbers and numerics. Hashable: usable as a static argument of `jax.jit`."""
+    """A family's architecture with its numbers, numerics and head. Hashable: usable as a static argument of `jax.jit`."""
 
     config: Any
     numerics: Numerics = Numerics()
+    head: HeadSpec = HeadSpec()
 
     family: ClassVar[str]
     """Hugging Face's ``model_type``."""
 
     Config: ClassVar[type[FamilyConfig]]
 
-    @cached_property
-    def table(self) -> Table:
-        """Every parameter and site, by path."""
-        raise NotImplementedError
+    heads: ClassVar[dict[str, str]]
+    """Kinds of head that the family has -> transformers' class; the first is what a folder without a class gets."""
 
-    def apply(self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True) -> Output:
-        """Runs the model on a batch; see the subclass for the inputs."""
-        raise NotImplementedError
+    prefix: ClassVar[str] = ""
+    """What the names in the file begin with when a head is there (``bert.``); a base alone is saved without it."""
 
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Patterns of names in the file that carry no parameter."""
 
-@dc.dataclass(frozen=True)
-class Decoder(Model):
-    """A decoder-only language model: embedding, blocks, final norm, head.
-
-    A family gives `block` (a Linen module ``(h, seq, layer, cache) -> (h, cache)``), `norm`, and the names in the file.
-    """
-
-    embed_hf: ClassVar[str] = "model.embed_tokens.weight"
-    head_hf: ClassVar[str] = "lm_head.weight"
-
-    @property
-    def block(self) -> nn.Module:
-        """One layer."""
-        raise NotImplementedError
-
-    @property
-    def norm(self) -> nn.Module:
-        """The norm before the head."""
-        raise NotImplementedError
-
-    @cached_property
-    def table(self) -> Table:
-        """Every parameter and site, by path."""
-        c = self.config
-        h, seq = abstract_sequence(c.hidden_size, self.dtype)
-        std = c.initializer_range
-        table: Table = {
-            "embed/w": ParamSpec((c.vocab_size, c.hidden_size), ("vocab", "embed"), "embed", std=std, hf=self.embed_hf),
-            **{f"input/{k}": s for k, s in declare(_Input(c.hidden_size), seq).items()},
-            **stack(declare(self.block, h, seq, 0, None), c.num_hidden_layers),
-            **{f"norm/{k}": s for k, s in declare(self.norm, h).items()},
-        }
-        if not c.tie_word_embeddings:
-            shape = (c.hidden_size, c.vocab_size)
-            table["head/w"] = ParamSpec(shape, ("embed", "vocab"), std=std, hf=self.head_hf, transposed=True)
-        return table
+    def __post_init__(self) -> None:
+        if not self.head.kind:
+            object.__setattr__(self, "head", dc.replace(self.head, kind=next(iter(self.heads))))
+        if self.head.kind not in self.heads:
+            raise ConfigError(
+                f"{self.family} has no head {self.head.kind!r}.{did_you_mean(self.head.kind, self.heads)} "
+                f"Heads: {', '.join(self.heads)}"
+            )
 
     @property
     def dtype(self) -> Any:
         """Compute dtype."""
         return jnp.dtype(self.numerics.dtype)
 
+    @cached_property
+    def table(self) -> Table:
+        """Every parameter and site, by path."""
+        raise NotImplementedError
+
     def apply(
-        self, params: Store, inputs: dict[str, jax.Array], *, cache: Cache | None = None, first: bool = True
+        self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True, train: bool = False
     ) -> Output:
-        """Hidden values and the head for a batch of token rows.
+        """Runs the model on a batch; see the subclass for the inputs."""
+        raise NotImplementedError
 
-        Args:
-          params: store keyed as `table`, adapters and taps in place (see `ftjax.peft.base.bind`).
-          inputs: "input_ids" [B, T], and optionally "attention_mask" [B, T] (0 on padding, either side), or
-            "positions", "segments" and "prompt_len" [B, T] for packed rows.
-          cache: see `new_cache`; the tokens come after what it holds.
-          first: whether these tokens begin their sequence (all of it, or the prefill) rather than continue one.
-
-        Returns:
-          The output of the last T places; `cache` moved on when given.
-        """
-        p = nest(params)
-        T = inputs["input_ids"].shape[1]
-        seq = self.enter(p, inputs, first=first)
-        cache = note(cache, seq)
-        block, rest = self.block, dc.replace(seq, h=None)
-
-        def body(layer_params: dict, h: jax.Array, layer: Any, cache: Any) -> tuple[jax.Array, Any]:
-            return block.apply({"params": layer_params}, h, rest, layer, cache)
-
-        n = self.numerics
-        h, cache = run_stack(body, p["layers"], seq.h, cache, unroll=n.layers == "unroll", remat=n.remat)
-        if cache is not None:
-            cache = dc.replace(cache, at=cache.at + seq.positions.shape[1])
-        h: Any = self.norm.apply(
-            {"params": p["norm"]}, h[:, -T:]
-        )  # whatever a soft prompt put in front is cut off here
-        tied = self.config.tie_word_embeddings
-        return Output(h, Head(p["embed"]["w"] if tied else p["head"]["w"], tied), cache, n.loss_chunk)
-
-    def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any:
-        """The batch as the first layer meets it: tokens embedded, a soft prompt's columns in front. `p` is nested."""
-        h = ops.embed(inputs["input_ids"], p["embed"]["w"], self.dtype) * jnp.asarray(self.embed_scale, self.dtype)
-        seq = dc.replace(sequence(inputs, first=first), h=h)
-        return _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
-
-    @property
-    def embed_scale(self) -> float:
-        """Factor on the embedded tokens (Gemma's is sqrt(D))."""
-        return 1.0
-
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` columns (prompt, soft prompt and answer together)."""
-        c = self.config
-        kv = jnp.zeros((c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim), self.dtype)
-        flat = jnp.zeros((batch, length), jnp.int32)
-        return Cache(kv, kv, flat, jnp.full_like(flat, ops.PAD_SEGMENT), jnp.zeros((), jnp.int32))
-
-
-def abstract_sequence(dim: int, dtype: Any) -> tuple[Any, Seq]:
-    """Shapes of a batch, for building tables: hidden values [1, 2, dim] and the sequence."""
-    flat: Any = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.ShapeDtypeStruct((1, 2, dim), dtype), Seq(None, flat, flat, flat)
-
-
-def sequence(inputs: dict[str, jax.Array], *, first: bool) -> Seq:
-    """Positions, segments and prompt lengths of a batch; what is not given follows from the attention mask."""
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = None if mask is None else jnp.asarray(mask).astype(jnp.int32)
-    positions, segments = inputs.get("positions"), inputs.get("segments")
-    if positions is None:
-        if mask is None:
-            positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        else:
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    if segments is None:
-        segments = jnp.zeros_like(ids) if mask is None else jnp.where(mask != 0, 0, ops.PAD_SEGMENT)
-    prompt_len = inputs.get("prompt_len")
-    if prompt_len is None:
-        prompt_len = jnp.full_like(positions, jnp.iinfo(jnp.int32).max // 2)
-    return Seq(None, positions, segments, prompt_len, first)
-
-
-def note(cache: Cache | None, seq: Seq) -> Cache | None:
-    """Writes the positions and segments of the coming tokens into the cache, once for all layers."""
-    if cache is None:
-        return None
-    start = (jnp.zeros((), jnp.int32), cache.at)
-    return dc.replace(
-        cache,
-        positions=jax.lax.dynamic_update_slice(cache.positions, seq.positions.astype(jnp.int32), start),
-        segments=jax.lax.dynamic_update_slice(cache.segments, seq.segments.astype(jnp.int32), start),
-    )
+    def canonical(self, name: str) -> str:
+        """A name in the file as the table has it; families with older spellings override this."""
+        return name

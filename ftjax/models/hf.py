@@ -10,10 +10,15 @@ loaded in part.
 
 from __future__ import annotations
 
+import dataclasses as dc
 import json
 import math
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +29,28 @@ from safetensors.numpy import save_file
 
 from ftjax import registry
 from ftjax.errors import ConfigError, DataError, did_you_mean
-from ftjax.models.base import Model, Numerics
+from ftjax.models.base import HeadSpec, Model, Numerics, label_names
+from ftjax.models.folder import resolve, stream, tensor_files
 from ftjax.ops import Weight
-from ftjax.params import ParamSpec, Store, Table, join, ranged
-from ftjax.safefiles import open_tensors, read_json
+from ftjax.params import ParamSpec, Store, Table, init_leaf, join, key_of, ranged
+from ftjax.safefiles import read_json
 
 SHARD_BYTES = 4 * 1024**3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                     "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
-def resolve(path_or_id: str) -> Path:
-    """A local folder as it is; a hub id (``owner/name``) is downloaded, safetensors and JSON only.
-
-    Raises:
-      DataError: neither a folder nor a reachable hub id.
-    """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise DataError(f"{path_or_id} is a file; a model is a folder with config.json and model.safetensors")
-    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
-        raise DataError(f"no model folder at {path_or_id}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"no folder {path_or_id!r}, and the hub does not give it either: {reason}") from None
-
-
-def model_of(config: dict[str, Any], numerics: Numerics) -> Model:
+def model_of(config: dict[str, Any], numerics: Numerics, head: HeadSpec | None = None) -> Model:
     """The model that a `config.json` describes.
+
+    Args:
+      config: as read.
+      numerics: how to compute.
+      head: what stands on top; by default what the file's class has (see `head_of`).
 
     Raises:
       DataError: the ``model_type`` is not one of ours, or a setting is missing or unsupported.
+      ConfigError: the family has no such head.
     """
     kind = config.get("model_type")
     families = registry.known("family")
@@ -71,36 +58,32 @@ def model_of(config: dict[str, Any], numerics: Numerics) -> Model:
         hint = did_you_mean(str(kind), families)
         raise DataError(f"config.json: model_type {kind!r} is not supported.{hint} Supported: {', '.join(families)}")
     family = families[kind]
-    return family(family.Config.from_hf(config), numerics)
+    return family(family.Config.from_hf(config), numerics, head or head_of(family, config))
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+def head_of(family: type[Model], config: dict[str, Any]) -> HeadSpec:
+    """The head that a `config.json` names: by its class, with labels from ``id2label`` (two where absent, as there)."""
+    names = config.get("architectures") or []
+    kinds = {name: kind for kind, name in reversed(family.heads.items())}
+    kind = next((kinds[n] for n in names if n in kinds), next(iter(family.heads)))
+    if HeadSpec(kind).is_vocabulary:
+        return HeadSpec(kind)
+    if kind == "question_answering":
+        return HeadSpec(kind, ("start", "end"))
+    named = config.get("id2label") or {}
+    labels = tuple(str(named[k]) for k in sorted(named, key=int)) or label_names(config.get("num_labels") or 2)
+    return HeadSpec(kind, labels, config.get("problem_type") or "")
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: one, or the shards that the index names.
-
-    Raises:
-      DataError: there are none; a named shard is absent or lies outside the folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if single.exists():
-            return [single]
-        pickles = [n for n in _PICKLES if (folder / n).exists()]
-        also = f" ({pickles[0]} is a pickle, which ftjax does not open; convert it to safetensors)" if pickles else ""
-        raise DataError(f"{folder} has no model.safetensors{also}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise DataError(f"{index} has no weight_map from tensor names to files")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if name in ("", ".", "..") or any(c in name for c in "/\\:"):
-            raise DataError(f"{index}: shard {name!r} points outside the folder")
-        if not (folder / name).exists():
-            raise DataError(f"{index} names {name}, which is not there")
-    return [folder / name for name in names]
+def head_config(model: Model) -> dict[str, Any]:
+    """The inverse of `head_of`: fields of `config.json`."""
+    head: dict[str, Any] = {"architectures": [model.heads[model.head.kind]]}
+    if model.head.labels and model.head.kind != "question_answering":
+        head["id2label"] = {str(i): name for i, name in enumerate(model.head.labels)}
+        head["label2id"] = {name: i for i, name in enumerate(model.head.labels)}
+        if model.head.problem:
+            head["problem_type"] = model.head.problem
+    return head
 
 
 # Loading ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +105,14 @@ Place = Callable[[str, np.ndarray], Any]
 
 
 def load_table(
-    table: Table, files: list[Path], *, dtype: Any, ignore: Callable[[str], bool], place: Place | None = None
+    table: Table,
+    files: list[Path],
+    *,
+    dtype: Any,
+    rename: Callable[[str], str] = lambda name: name,
+    ignore: Callable[[str], bool] = lambda _: False,
+    absent: Callable[[str], Any] | None = None,
+    place: Place | None = None,
 ) -> Store:
     """Fills every parameter of a table from safetensors files.
 
@@ -130,7 +120,9 @@ def load_table(
       table: what must be there.
       files: safetensors files.
       dtype: of the parameters.
-      ignore: extra names in the files that carry no parameter (old buffers).
+      rename: from a name in the files to the table's.
+      ignore: extra names (renamed) that carry no parameter of this table: old buffers, other heads.
+      absent: value of a store key that no file has; None where it must be there.
       place: makes the device array from (store key, host array); by default on the default device.
 
     Raises:
@@ -139,13 +131,14 @@ def load_table(
     names = file_names(table)
     place = place or (lambda _, x: jnp.asarray(x))
     host: dict[str, np.ndarray] = {}
-    left = {key: sum(1 for k, _ in names.values() if k == key) for key in {k for k, _ in names.values()}}
+    left = Counter(key for key, _ in names.values())
     store: Store = {}
     problems: list[str] = []
-    for name, tensor in _stream(files):
+    for written, tensor in stream(files):
+        name = rename(written)
         if name not in names:
             if not ignore(name):
-                problems.append(f"extra      {name} {list(tensor().shape)}")
+                problems.append(f"extra      {written} {list(tensor().shape)}")
             continue
         key, layer = names.pop(name)
         value, problem = _checked(name, tensor(), table[key])
@@ -161,7 +154,12 @@ def load_table(
         left[key] -= 1
         if left[key] == 0:
             store[key] = place(key, host.pop(key))
-    problems += [f"missing    {name}" for name in names]
+    for name, (key, _) in names.items():
+        made = absent(key) if absent and key not in store else None
+        if made is not None:
+            store[key] = place(key, np.asarray(made, dtype))
+        elif key not in store:
+            problems.append(f"missing    {name}")
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise DataError(
@@ -170,22 +168,13 @@ def load_table(
     return {k: store[k] for k in table if k in store}
 
 
-def _stream(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    for path in files:
-        with open_tensors(path) as f:
-            for name in f.keys():  # noqa: SIM118 (not a dict)
-                yield name, lambda f=f, name=name: f.get_tensor(name)
-
-
 def _checked(name: str, value: np.ndarray, spec: ParamSpec) -> tuple[np.ndarray, str | None]:
     """The tensor in our layout, or the line that says why not."""
-    want = spec.unstacked.shape
-    file_shape = want[::-1] if spec.transposed else want
-    if value.shape != file_shape:
-        return value, f"misshapen  {name} {list(value.shape)}, the model has {list(file_shape)}"
+    if value.shape != spec.file_shape:
+        return value, f"misshapen  {name} {list(value.shape)}, the model has {list(spec.file_shape)}"
     if not np.isfinite(value.astype(np.float32) if value.dtype.itemsize < 4 else value).all():
         return value, f"non-finite {name} holds NaN or infinity"
-    return (value.T if spec.transposed else value), None
+    return spec.from_file(value), None
 
 
 def load(
@@ -193,7 +182,10 @@ def load(
     *,
     dtype: str = "float32",
     numerics: Numerics | None = None,
+    head: HeadSpec | None = None,
+    seed: int = 0,
     place: Callable[[Model], Place] | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> tuple[Model, Store]:
     """A model folder or hub id as (model, params).
 
@@ -201,30 +193,101 @@ def load(
       path_or_id: local folder in Hugging Face layout, or a hub id.
       dtype: of the parameters.
       numerics: how to compute; by default in `dtype`.
+      head: what stands on top; by default what the folder's config names.
+      seed: of a head that the files do not have.
       place: given the model, makes device arrays (see `load_table`).
+      say: told of a new head, and of one in the files that is left out.
 
     Raises:
       DataError: see `model_of`, `tensor_files` and `load_table`.
     """
     folder = resolve(path_or_id)
-    model = model_of(read_json(folder / "config.json"), numerics or Numerics(dtype=dtype))
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    embed, head = getattr(model, "embed_hf", ""), getattr(model, "head_hf", "")
-
-    def ignore(name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (tied and name == head)
-
+    config = read_json(folder / "config.json")
+    model = model_of(config, numerics or Numerics(dtype=dtype), head)
     files = tensor_files(folder)
-    if tied:
-        _check_tied(files, embed, head)
-    put = place(model) if place else None
-    return model, load_table(model.table, files, dtype=jnp.dtype(dtype), ignore=ignore, place=put)
+    loading = _Loading(model, model.head != head_of(type(model), config), _names(files), seed)
+    if loading.tied:
+        _check_tied(files, model.embed_hf, model.head_hf)
+    params = load_table(
+        model.table, files, dtype=jnp.dtype(dtype), rename=loading.rename, ignore=loading.ignore,
+        absent=loading.absent, place=place(model) if place else None,
+    )  # fmt: skip
+    for line in loading.notes():
+        say(f"{folder}: {line}")
+    return model, params
+
+
+@dc.dataclass
+class _Loading:
+    """How the names in a folder stand to a model's table.
+
+    Attributes:
+      model: what is loaded.
+      other_head: whether the folder was saved with another head.
+      names: in the files.
+      seed: of new heads.
+    """
+
+    model: Model
+    other_head: bool
+    names: frozenset[str]
+    seed: int
+    made: list[str] = dc.field(default_factory=list)
+    left_out: list[str] = dc.field(default_factory=list)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return bool(getattr(self.model.config, "tie_word_embeddings", False)) and hasattr(self.model, "head_hf")
+
+    @cached_property
+    def bare(self) -> bool:
+        """Whether the folder holds a base alone, whose names lack the prefix."""
+        prefix = self.model.prefix
+        return bool(prefix) and not any(self.model.canonical(n).startswith(prefix) for n in self.names)
+
+    def rename(self, name: str) -> str:
+        """To the table's name."""
+        name = self.model.canonical(name)
+        return self.model.prefix + name if self.bare else name
+
+    def ignore(self, name: str) -> bool:
+        """Buffers; a tied head's copy; the tensors of a head that this model does not have."""
+        if any(fnmatchcase(name, pattern) for pattern in self.model.buffers):
+            return True
+        if self.tied and name == self.model.head_hf:  # type: ignore[attr-defined]
+            return True
+        other = self.other_head and bool(self.model.prefix) and not self._of_base(name)
+        if other:
+            self.left_out.append(name)
+        return other
+
+    def _of_base(self, name: str) -> bool:
+        return name.startswith(self.model.prefix) and ".pooler." not in name
+
+    def absent(self, key: str) -> Any:
+        """A new head's values, from the seed; None for everything else."""
+        if not (self.other_head or self.bare) or key.split("/")[0] not in ("head", "pooler"):
+            return None
+        self.made.append(key)
+        return init_leaf(key_of(jax.random.key(self.seed), "model"), key, self.model.table[key], jnp.float32)
+
+    def notes(self) -> Iterator[str]:
+        """What a user must know."""
+        if self.made:
+            yield f"no weights for {', '.join(self.made)}: drawn from seed {self.seed}; train them"
+        if self.left_out:
+            yield f"left out, of another head: {', '.join(self.left_out[:5])}" + " ..." * (len(self.left_out) > 5)
+
+
+def _names(files: list[Path]) -> frozenset[str]:
+    return frozenset(name for name, _ in stream(files))
 
 
 def _check_tied(files: list[Path], embed: str, head: str) -> None:
     """A tied head may stand in the files as a copy. Where the values differ transformers unties it; we refuse that."""
-    copies = {name for name, _ in _stream(files)} >= {embed, head}
-    found = {name: tensor() for name, tensor in _stream(files) if copies and name in (embed, head)}
+    copies = {name for name, _ in stream(files)} >= {embed, head}
+    found = {name: tensor() for name, tensor in stream(files) if copies and name in (embed, head)}
     if copies and not np.array_equal(found[embed], found[head]):
         raise DataError(
             f"config.json: tie_word_embeddings is true, but {head} differs from {embed} in the files. "
@@ -252,7 +315,7 @@ def to_file_tensors(table: Table, params: Store) -> Iterator[tuple[str, np.ndarr
         value = np.asarray(jax.device_get(value))
         for layer in range(r.start, r.stop) if r else (None,):
             one = value if layer is None else value[layer]
-            yield spec.hf.format(layer), np.ascontiguousarray(one.T if spec.transposed else one)
+            yield spec.hf.format(layer), np.ascontiguousarray(spec.to_file(one))
 
 
 def save(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str | Path | None = None) -> Path:
@@ -267,7 +330,7 @@ def save(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(iter(jax.tree.leaves(params))).dtype
-    config = {**model.config.to_hf(), "torch_dtype": str(dtype), "dtype": str(dtype)}
+    config = {**model.config.to_hf(), **head_config(model), "torch_dtype": str(dtype), "dtype": str(dtype)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards: list[dict[str, np.ndarray]] = [{}]
     size = total = 0

@@ -96,6 +96,39 @@ class RMSNorm(nn.Module):
         return w.astype(x.dtype) * y.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / std * w + b, statistics in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    eps: float
+    hf: str
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dims = x.shape[-1:]
+        w = leaf(self, "w", ParamSpec(dims, ("embed",), "norm", init="ones", hf=self.hf + ".weight"))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        y = w.astype(x.dtype) * y.astype(x.dtype)
+        if not self.use_bias:
+            return y
+        b = leaf(self, "b", ParamSpec(dims, ("embed",), "bias", init="zeros", hf=self.hf + ".bias"))
+        return y + b.astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""By the names of transformers' `hidden_act`."""
+
+
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, inv_freq_h: jax.Array, *, scale: float) -> jax.Array:
     """Rotary position embedding on two halves, angles in float32 (Su et al. 2021, arXiv:2104.09864).
 
@@ -111,8 +144,12 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, inv_freq_h: jax.Array, *,
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def visible(seq: Seq, kv: KV, *, causal: bool, window: int | None) -> jax.Array:
-    """Who sees whom [B, T, S]: same segment or a global one; causal: not later; window: not further back."""
+def visible(seq: Seq, kv: KV, *, causal: bool, window: Any) -> jax.Array:
+    """Who sees whom [B, T, S]: same segment or a global one; causal: not later; window: not further away.
+
+    `window` w is an int or a traced scalar: tokens less than w positions back are seen, and those ahead likewise where
+    attention is not causal.
+    """
     q, k = seq.positions[:, :, None], kv.positions[:, None, :]
     same = seq.segments[:, :, None] == kv.segments[:, None, :]
     everywhere = kv.segments[:, None, :] == GLOBAL_SEGMENT
@@ -120,18 +157,47 @@ def visible(seq: Seq, kv: KV, *, causal: bool, window: int | None) -> jax.Array:
     if causal:
         mask = mask & (k <= q)
     if window is not None:
-        mask = mask & ((q - k < window) | everywhere)
+        near = (q - k if causal else jnp.abs(q - k)) < window
+        mask = mask & (near | everywhere)
     return mask
 
 
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap): keeps values within +- cap (Gemma 2, arXiv:2408.00118)."""
+    return jnp.tanh(x / cap) * cap
+
+
 def attend(
-    q_BTNH: jax.Array, kv: KV, seq: Seq, *, scale: float, causal: bool = True, window: int | None = None
+    q_BTNH: jax.Array,
+    kv: KV,
+    seq: Seq,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: Any = None,
+    cap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention with grouped heads, statistics in float32: [B, T, N * H]."""
+    """Softmax attention with grouped heads, statistics in float32: [B, T, N * H].
+
+    Args:
+      q_BTNH: queries.
+      kv: keys and values with what decides who sees them.
+      seq: positions and segments of the queries.
+      scale: factor on the scores.
+      causal: whether nothing later is seen.
+      window: see `visible`.
+      cap: soft limit of the scores, None for none.
+      bias: added to the scores, broadcast to [B, N, T, S] (T5's relative positions).
+    """
     B, T, N, H = q_BTNH.shape
     K = kv.k.shape[2]
     q = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(scale, q_BTNH.dtype)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, kv.k, preferred_element_type=jnp.float32)
+    if cap is not None:
+        scores = soft_cap(scores, cap)
+    if bias is not None:
+        scores = scores + jnp.broadcast_to(bias, (B, N, *scores.shape[3:])).reshape(scores.shape)
     mask = visible(seq, kv, causal=causal, window=window)
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(kv.v.dtype)

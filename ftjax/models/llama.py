@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ftjax.models.base import Decoder, FamilyConfig
+from ftjax.models.base import FamilyConfig
 from ftjax.models.hfconfig import HFConfig
 from ftjax.models.layers import Cache, Linear, RMSNorm, Seq, attend, extend, rotate
+from ftjax.models.transformer import Decoder, decoder_heads
 from ftjax.params import ParamSpec, site
 from ftjax.registry import register
 
@@ -116,7 +117,6 @@ class LlamaConfig(FamilyConfig):
         eos = list(self.eos_token_id)
         plain = {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name not in ("rope", "eos_token_id")}
         return {
-            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "attention_dropout": 0.0,
@@ -239,6 +239,7 @@ class Llama(Decoder):
 
     family: ClassVar[str] = "llama"
     Config: ClassVar[type[FamilyConfig]] = LlamaConfig
+    heads: ClassVar[dict[str, str]] = decoder_heads("Llama")
 
     @property
     def block(self) -> nn.Module:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ftjax.models import hf
 from ftjax.models.base import Model, Numerics
+from ftjax.models.folder import resolve
 from ftjax.params import Store, init_leaf, key_of
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -41,7 +42,7 @@ class Pretrained(Component):
     @property
     def folder(self) -> Path:
         """The local folder; a hub id is downloaded."""
-        return embedded_folder() if self.path == EMBEDDED else hf.resolve(self.path)
+        return embedded_folder() if self.path == EMBEDDED else resolve(self.path)
 
     @property
     def tokenizer(self) -> Path | None:

@@ -25,7 +25,8 @@ from ftjax.data.pipeline import Batches, row_length
 from ftjax.data.prepare import Prepared
 from ftjax.data.prepare import prepare as prepare_data
 from ftjax.data.tokenizer import check_vocab, load_tokenizer
-from ftjax.models.base import Decoder, Numerics
+from ftjax.models.base import Numerics
+from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx

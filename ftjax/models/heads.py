@@ -1,0 +1,87 @@
+"""Heads: what turns hidden values into logits. Each is a Linen module ``(h, seq, embedding table) -> (hidden, Head)``.
+
+The projection itself is not applied here: losses over a vocabulary do so in chunks (see `Output.nll`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ftjax.models.base import Head
+from ftjax.models.layers import Seq
+from ftjax.ops import PAD_SEGMENT
+from ftjax.params import ParamSpec, leaf
+
+
+class Projection(nn.Module):
+    """The weights of an output projection [D, out]."""
+
+    out: int
+    hf: str
+    std: float
+    use_bias: bool = False
+    axes: tuple[str | None, str | None] = ("embed", None)
+
+    @nn.compact
+    def __call__(self, dim: int) -> Head:
+        spec = ParamSpec((dim, self.out), self.axes, std=self.std, hf=self.hf + ".weight", transposed=True)
+        w, b = leaf(self, "w", spec), None
+        if self.use_bias:
+            b = leaf(self, "b", ParamSpec((self.out,), self.axes[1:], "bias", init="zeros", hf=self.hf + ".bias"))
+        return Head(w, False, b)
+
+
+class VocabularyHead(nn.Module):
+    """Next-token logits at every place: the embedding table again, or weights of its own."""
+
+    vocab: int
+    tied: bool
+    hf: str
+    std: float
+    cap: float | None = None
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, h: jax.Array, seq: Seq, embedding: Any) -> tuple[jax.Array, Head]:
+        if self.tied:
+            return h, Head(embedding, True, None, self.cap)
+        name = self.hf.removesuffix(".weight")
+        made = Projection(self.vocab, name, self.std, self.use_bias, ("embed", "vocab"), name="head")(h.shape[-1])
+        return h, made.replace(cap=self.cap)
+
+
+class ScoreHead(nn.Module):
+    """Labels or numbers at every place."""
+
+    labels: int
+    hf: str
+    std: float
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, h: jax.Array, seq: Seq, embedding: Any) -> tuple[jax.Array, Head]:
+        return h, Projection(self.labels, self.hf, self.std, self.use_bias, name="head")(h.shape[-1])
+
+
+class PooledHead(nn.Module):
+    """Labels of a row from its last real token, on whichever side the padding is."""
+
+    labels: int
+    hf: str
+    std: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, h: jax.Array, seq: Seq, embedding: Any) -> tuple[jax.Array, Head]:
+        pooled = jnp.take_along_axis(h, last_real(seq)[:, None, None], axis=1)[:, 0]
+        return pooled, Projection(self.labels, self.hf, self.std, self.use_bias, name="head")(h.shape[-1])
+
+
+def last_real(seq: Seq) -> jax.Array:
+    """Column of the last token that is not padding [B]; 0 where there is none."""
+    real = seq.segments != PAD_SEGMENT
+    return jnp.where(real, jnp.arange(real.shape[1], dtype=jnp.int32), 0).max(axis=1)
