@@ -62,6 +62,12 @@ def aligned(lines: Iterable[str], widest: int = 44) -> list[str]:
     return [f"{place:<{width}}  {reason.lstrip()}" if gap else place for place, gap, reason in parts]
 
 
+def listing(title: str, lines: list[str], most: int = 20) -> str:
+    """A title and the first lines below it, for an error."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([title, *("  " + line for line in aligned(lines[:most], widest=80) + more)])
+
+
 def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
     """The names most like `name`, best first; for 'did you mean' texts."""
     by_lower = {str(x).lower(): str(x) for x in names}

@@ -110,7 +110,7 @@ def site(module: nn.Module, name: str, value: Any, seq: Any, spec: ParamSpec) ->
 
 def declare(module: nn.Module, *args: Any) -> Table:
     """The table of a module: runs it abstractly (no memory, no compute) and collects what `leaf` and `site` declare."""
-    variables = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args)["params"]
+    variables = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args).get("params", {})
     flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=lambda x: isinstance(x, _Declared))[0]
     return {"/".join(k.key for k in path): d.spec for path, d in flat}
 

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ftjax import registry
-from ftjax.errors import ConfigError, DataError, did_you_mean
+from ftjax.errors import ConfigError, DataError, did_you_mean, listing
 from ftjax.models.base import HeadSpec, Model, Numerics, label_names
 from ftjax.models.folder import resolve, stream, tensor_files
 from ftjax.ops import Weight
@@ -154,17 +154,14 @@ def load_table(
         left[key] -= 1
         if left[key] == 0:
             store[key] = place(key, host.pop(key))
-    for name, (key, _) in names.items():
-        made = absent(key) if absent and key not in store else None
-        if made is not None:
+    for key in dict.fromkeys(key for key, _ in names.values()):
+        made = absent(key) if absent else None
+        if made is None:
+            problems += [f"missing    {name}" for name, (k, _) in names.items() if k == key]
+        else:
             store[key] = place(key, np.asarray(made, dtype))
-        elif key not in store:
-            problems.append(f"missing    {name}")
     if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError(
-            "\n".join([f"{files[0].parent}: weights do not fit the model", *("  " + p for p in problems[:20] + more)])
-        )
+        raise DataError(listing(f"{files[0].parent}: weights do not fit the model", problems))
     return {k: store[k] for k in table if k in store}
 
 

@@ -235,7 +235,9 @@ def sequence(inputs: dict[str, jax.Array], *, first: bool, positions: jax.Array)
     ids, mask, segments = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("segments")
     positions = inputs.get("positions", positions)
     if segments is None:
-        segments = jnp.zeros_like(ids) if mask is None else jnp.where(jnp.asarray(mask) != 0, 0, ops.PAD_SEGMENT)
+        segments = (
+            jnp.zeros_like(ids) if mask is None else jnp.where(jnp.asarray(mask).astype(bool), 0, ops.PAD_SEGMENT)
+        )
     prompt_len = inputs.get("prompt_len")
     if prompt_len is None:
         prompt_len = jnp.full_like(positions, jnp.iinfo(jnp.int32).max // 2)

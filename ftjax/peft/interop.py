@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from ftjax.errors import ConfigError, DataError, aligned, did_you_mean
+from ftjax.errors import ConfigError, DataError, did_you_mean, listing
 from ftjax.params import Store, Table
 from ftjax.peft.base import Overlay
 from ftjax.registry import known
@@ -184,12 +184,6 @@ def codec_for(config: Mapping[str, Any]) -> Codec:
             return codec
         refused.append(reasons)
     raise DataError(listing(f"{CONFIG_FILE} has settings that cannot be honoured", min(refused, key=len)))
-
-
-def listing(title: str, lines: list[str], most: int = 20) -> str:
-    """A title and the first lines below it, for an error."""
-    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join([title, *("  " + line for line in aligned(lines[:most], widest=80) + more)])
 
 
 def read_tensors(folder: Path) -> Tensors:

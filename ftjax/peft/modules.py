@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.errors import DataError, nearest
+from ftjax.errors import DataError, listing, nearest
 from ftjax.params import ParamSpec, Ranged, Store, Table, ranged
 from ftjax.peft.base import Overlay
-from ftjax.peft.interop import CONFIG_FILE, Codec, Tensors, listing
+from ftjax.peft.interop import CONFIG_FILE, Codec, Tensors
 
 PREFIX = "base_model.model."
 
