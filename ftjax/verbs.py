@@ -132,8 +132,7 @@ def overview() -> str:
 
 # ------------------------------------------------------------------------------------------------ bodies
 def _entry() -> Any:
-    """The module of bodies that train; imported late because it imports JAX, which reads its flags then."""
-    xla_flags.apply()
+    """The module of bodies that train; imported late because it imports JAX."""
     return importlib.import_module("ftjax.entry")
 
 
@@ -145,6 +144,8 @@ def _load(args: argparse.Namespace) -> Run:
     run = load(args.config, [*args.overrides, *([f"out={args.out}"] if args.out else [])])
     for text in advice(run):
         print(f"warning: {text}", file=sys.stderr)
+    if run.compute.onednn:
+        xla_flags.apply()  # XLA reads them when its first device is asked for
     return run
 
 

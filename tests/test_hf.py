@@ -280,7 +280,7 @@ def test_a_tensor_in_two_shards(folder):
     save_file({EMBED: tensors[EMBED]}, folder / "b.safetensors")
     names = dict.fromkeys(tensors, "model.safetensors") | {"again": "b.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert f"extra      {EMBED}" in message(folder)
+    assert f"extra  {EMBED}" in message(folder)
 
 
 # What is broken: config.json -------------------------------------------------------------------------------------------

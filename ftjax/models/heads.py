@@ -51,7 +51,7 @@ class VocabularyHead(nn.Module):
             return h, Head(embedding, True, None, self.cap)
         name = self.hf.removesuffix(".weight")
         made = Projection(self.vocab, name, self.std, self.use_bias, ("embed", "vocab"), name="head")(h.shape[-1])
-        return h, made.replace(cap=self.cap)
+        return h, Head(made.w, False, made.b, self.cap)
 
 
 class ScoreHead(nn.Module):

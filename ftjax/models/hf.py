@@ -204,7 +204,7 @@ def load(
     files = tensor_files(folder)
     loading = _Loading(model, model.head != head_of(type(model), config), _names(files), seed)
     if loading.tied:
-        _check_tied(files, model.embed_hf, model.head_hf)
+        _check_tied(files, *loading.tied)
     params = load_table(
         model.table, files, dtype=jnp.dtype(dtype), rename=loading.rename, ignore=loading.ignore,
         absent=loading.absent, place=place(model) if place else None,
@@ -233,9 +233,10 @@ class _Loading:
     left_out: list[str] = dc.field(default_factory=list)
 
     @property
-    def tied(self) -> bool:
-        """Whether the output head is the embedding."""
-        return bool(getattr(self.model.config, "tie_word_embeddings", False)) and hasattr(self.model, "head_hf")
+    def tied(self) -> tuple[str, str] | None:
+        """Names of the embedding and of the output head where these are one tensor."""
+        names = getattr(self.model, "embed_hf", ""), getattr(self.model, "head_hf", "")
+        return names if getattr(self.model.config, "tie_word_embeddings", False) and all(names) else None
 
     @cached_property
     def bare(self) -> bool:
@@ -252,7 +253,7 @@ class _Loading:
         """Buffers; a tied head's copy; the tensors of a head that this model does not have."""
         if any(fnmatchcase(name, pattern) for pattern in self.model.buffers):
             return True
-        if self.tied and name == self.model.head_hf:  # type: ignore[attr-defined]
+        if self.tied and name == self.tied[1]:
             return True
         other = self.other_head and bool(self.model.prefix) and not self._of_base(name)
         if other:

@@ -139,7 +139,8 @@ class Transformer(Model):
         h = h[:, -T:]
         if self.norm is not None:
             h = self.norm.apply({"params": p["norm"]}, h)
-        hidden, head = self.head_module.apply({"params": p}, h, own, p["embed"]["w"])  # type: ignore[misc]
+        made: Any = self.head_module.apply({"params": p}, h, own, p["embed"]["w"])
+        hidden, head = made
         return Output(hidden, head, cache, chunk=n.loss_chunk)
 
     def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any:

@@ -4,8 +4,9 @@
     xla_flags.apply()                        # before the first use of a JAX device
     xla_flags.restart_with_large_pages()     # first thing of a program: the C library reads its setting at start only
 
-Neither touches what the user has set, nor anything on GPU or TPU. `run.py` uses both; `benchmarks/results/cpu_step.md` has
-what each gives.
+Neither touches what the user has set, nor anything on GPU or TPU. `run.py` uses large pages always, and oneDNN where
+`compute.onednn` asks for it: programs with its fusions cannot be kept in the compilation cache, so that every start
+compiles anew. `benchmarks/results/cpu_step.md` has what each gives.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def numerics(compute: config.Compute) -> Numerics:
 
 
 def use_cache(compute: config.Compute) -> None:
-    """Turns on the persistent compilation cache, unless the environment names one already."""
-    if compute.cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    """Turns on the persistent compilation cache, unless the environment names one already (oneDNN's programs do not fit it)."""
+    if compute.cache and not compute.onednn and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(compute.cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
