@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 
 from ftjax import config, registry, tree
+from ftjax.headspec import VOCABULARY, label_names
 from ftjax.objectives.causal_lm import model_inputs
 from ftjax.parallel.mesh import Placement, axes_of_store, make_mesh
 from ftjax.peft.base import bind, merge
 from ftjax.train.checkpoint import Checkpoints
-from tests import tiny
+from tests import tiny, tinymodels
 
 # What a component needs beyond its defaults to run on a tiny model; a new one that needs nothing needs no entry.
 SMALL = {"lora": {"rank": 4, "dropout": 0.1}}
-MODELS = {"llama": tiny.llama}
-IMPOSSIBLE: dict[tuple[str, str, str], str] = {}
+MODELS = tinymodels.known()
 
 
 @dc.dataclass(frozen=True)
@@ -44,9 +44,25 @@ class Cell:
         return f"{self.objective}-{self.peft}-{self.family}"
 
 
-def every_cell() -> list[Cell]:
+def impossible(cell: Cell) -> str:
+    """Why a combination cannot be; empty: it can."""
+    wanted, had = registry.get("objective", cell.objective).heads, registry.get("family", cell.family).heads
+    return (
+        ""
+        if head_kind(cell)
+        else f"{cell.objective} needs a head {' or '.join(wanted)}; {cell.family} has {', '.join(had)}"
+    )
+
+
+def head_kind(cell: Cell) -> str:
+    """The head of a cell's model; empty where the family has none that the objective trains."""
+    family = registry.get("family", cell.family)
+    return next((kind for kind in registry.get("objective", cell.objective).heads if kind in family.heads), "")
+
+
+def all_cells() -> list[Cell]:
     names = (registry.known(kind) for kind in ("objective", "peft", "family"))
-    return [Cell(*c) for c in itertools.product(*names) if c not in IMPOSSIBLE]
+    return list(itertools.starmap(Cell, itertools.product(*names)))
 
 
 def covering(cells: list[Cell]) -> list[Cell]:
@@ -62,7 +78,7 @@ def covering(cells: list[Cell]) -> list[Cell]:
 
 def pytest_generate_tests(metafunc):
     if "cell" in metafunc.fixturenames:
-        cells = every_cell()
+        cells = [c for c in all_cells() if not impossible(c)]
         chosen = cells if metafunc.config.getoption("--matrix") == "full" else covering(cells)
         metafunc.parametrize("cell", chosen, ids=str)
 
@@ -74,7 +90,8 @@ def test_every_registered_family_has_a_tiny_model():
 def test_cell(cell, tmp_path):
     peft = registry.get("peft", cell.peft)(**SMALL.get(cell.peft, {}))
     objective = registry.get("objective", cell.objective)()
-    t = tiny.tiny(peft, objective, model=MODELS[cell.family]())
+    labels = label_names(3) if head_kind(cell) not in VOCABULARY else ()
+    t = tiny.tiny(peft, objective, model=MODELS[cell.family](head=objective.head(labels)))
     data = tiny.batch(16, micro=2)
     inputs = model_inputs(jax.tree.map(lambda x: x[0], data))
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ftjax import config, params
 from ftjax.data.batches import TokenBatch
+from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
 from ftjax.models.llama import Llama, LlamaConfig, Rope
 from ftjax.objectives.causal_lm import CausalLM
@@ -23,7 +24,7 @@ from ftjax.train.step import Program
 VOCAB, LENGTH = 96, 16
 
 
-def llama(numerics: Numerics | None = None, **changes: Any) -> Model:
+def llama(numerics: Numerics | None = None, *, head: HeadSpec | None = None, **changes: Any) -> Model:
     """4 layers, 32 wide, 4 heads over 2 key heads."""
     numbers = dict(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -31,7 +32,7 @@ def llama(numerics: Numerics | None = None, **changes: Any) -> Model:
         rope=Rope(1e4, "default", 1.0, 0.0, 0.0, 0), tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
         initializer_range=0.1,
     )  # fmt: skip
-    return Llama(LlamaConfig(**(numbers | changes)), numerics or Numerics())
+    return Llama(LlamaConfig(**(numbers | changes)), numerics or Numerics(), head or HeadSpec())
 
 
 def weights(model: Model, seed: int = 0) -> params.Store:

@@ -20,6 +20,7 @@ from flax import struct
 
 from ftjax import ops
 from ftjax.errors import ConfigError, did_you_mean
+from ftjax.headspec import HeadSpec
 from ftjax.kernels.vocab_loss import token_nll
 from ftjax.models.layers import Cache, soft_cap
 from ftjax.params import Store, Table
@@ -48,33 +49,6 @@ class FamilyConfig:
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` that transformers opens."""
         raise NotImplementedError
-
-
-@dc.dataclass(frozen=True)
-class HeadSpec:
-    """What stands on top of a model.
-
-    Attributes:
-      kind: one of the family's `heads`: causal_lm, masked_lm, sequence_classification, token_classification,
-        question_answering, value (a number per token), image_classification, ...; empty: the family's first.
-      labels: names of the outputs, in order; empty for language models.
-      problem: of a sequence classification, as transformers' ``problem_type``: regression,
-        single_label_classification, multi_label_classification; empty: not said.
-    """
-
-    kind: str = ""
-    labels: tuple[str, ...] = ()
-    problem: str = ""
-
-    @property
-    def is_vocabulary(self) -> bool:
-        """Whether it predicts tokens; such a head is pretrained, others are new and always trained."""
-        return self.kind in ("causal_lm", "masked_lm", "seq2seq_lm")
-
-
-def label_names(n: int) -> tuple[str, ...]:
-    """transformers' names of outputs that have none."""
-    return tuple(f"LABEL_{i}" for i in range(n))
 
 
 @struct.dataclass

@@ -29,7 +29,8 @@ from safetensors.numpy import save_file
 
 from ftjax import registry
 from ftjax.errors import ConfigError, DataError, did_you_mean, listing
-from ftjax.models.base import HeadSpec, Model, Numerics, label_names
+from ftjax.headspec import HeadSpec, label_names
+from ftjax.models.base import Model, Numerics
 from ftjax.models.folder import resolve, stream, tensor_files
 from ftjax.ops import Weight
 from ftjax.params import ParamSpec, Store, Table, init_leaf, join, key_of, ranged

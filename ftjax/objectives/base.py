@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 import jax
 from flax import struct
 
+from ftjax.headspec import HeadSpec
+
 Policy = Callable[..., Any]
 
 
@@ -38,6 +40,12 @@ class Objective(Protocol):
     """Whether a frozen snapshot of the policy is passed in."""
     batch: ClassVar[type]
     """The kind of batch it takes."""
+    heads: ClassVar[tuple[str, ...]]
+    """Kinds of head that it can train, best first (see `ftjax.headspec`)."""
+
+    def head(self, labels: tuple[str, ...]) -> HeadSpec:
+        """The head that the model must have, given the data's label names (empty for language data)."""
+        ...
 
     def coefficients(self) -> dict[str, float]:
         """Factor of each loss term; they enter the step as arrays."""

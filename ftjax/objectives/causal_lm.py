@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from ftjax.data.batches import TokenBatch
+from ftjax.headspec import HeadSpec
 from ftjax.objectives.base import LossOutput, Policy
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -41,11 +42,16 @@ class CausalLM(Component):
 
     needs_reference: ClassVar[bool] = False
     batch: ClassVar[type] = TokenBatch
+    heads: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
     name: Literal["causal_lm"] = "causal_lm"
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Share of the target spread evenly over the vocabulary."
     )
+
+    def head(self, labels: tuple[str, ...]) -> HeadSpec:
+        """Next tokens."""
+        return HeadSpec("causal_lm")
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
