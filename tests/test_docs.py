@@ -68,8 +68,8 @@ def matrix_page() -> str:
     out = [
         "# Which combinations run",
         "",
-        f"Generated from the registries: {len(able)} cells of objective x method x family. A plain `pytest` runs a covering set of "
-        f"{len(covering(able))} of them, `pytest tests/test_matrix.py --matrix=full` all.",
+        f"Generated from the registries: {len(able)} cells of objective x method x family. A plain `pytest` runs a covering "
+        f"set of {len(covering(able))} of them, `pytest tests/test_matrix.py --matrix=full` all.",
         "",
         "| objective | method | families |",
         "|---|---|---|",
