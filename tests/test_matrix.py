@@ -21,7 +21,6 @@ import pytest
 
 from ftjax import config, registry, tree
 from ftjax.headspec import VOCABULARY, label_names
-from ftjax.objectives.causal_lm import model_inputs
 from ftjax.parallel.mesh import Placement, axes_of_store, make_mesh
 from ftjax.peft.base import bind, merge
 from ftjax.train.checkpoint import Checkpoints
@@ -92,8 +91,8 @@ def test_cell(cell, tmp_path):
     objective = registry.get("objective", cell.objective)()
     labels = label_names(3) if head_kind(cell) not in VOCABULARY else ()
     t = tiny.tiny(peft, objective, model=MODELS[cell.family](head=objective.head(labels)))
-    data = tiny.batch(16, micro=2)
-    inputs = model_inputs(jax.tree.map(lambda x: x[0], data))
+    data = tiny.batch_for(objective, 16, micro=2)
+    inputs = objective.inputs(jax.tree.map(lambda x: x[0], data))
 
     adapted = jax.jit(t.model.apply)(bind(t.base, t.overlay), inputs).logits
     if type(peft).identity_at_init:

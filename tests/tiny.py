@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import config, params
-from ftjax.data.batches import TokenBatch
+from ftjax.data.batches import PAD_SEGMENT, TokenBatch
+from ftjax.data.labels import LabelBatch
+from ftjax.data.pairs import PairBatch
 from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
 from ftjax.models.llama import Llama, LlamaConfig, Rope
 from ftjax.objectives.causal_lm import CausalLM
+from ftjax.peft.base import with_head
 from ftjax.peft.lora import LoRA
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
@@ -60,6 +63,46 @@ def batch(rows: int, *, micro: int = 0, seed: int = 0, length: int = LENGTH) -> 
     return jax.tree.map(jnp.asarray, out)
 
 
+def labelled(rows: int, *, classes: int = 3, seed: int = 0) -> LabelBatch:
+    """Random texts of unequal lengths with a class each, [rows, T]; the last row only fills the batch."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, LENGTH + 1, rows)
+    real = np.arange(LENGTH)[None] < lengths[:, None]
+    tokens = np.where(real, rng.integers(3, VOCAB, (rows, LENGTH)), 0).astype(np.int32)
+    positions = np.where(real, np.arange(LENGTH)[None], 0).astype(np.int32)
+    weights = np.ones(rows, np.float32)
+    weights[-1] = 0
+    return LabelBatch(
+        tokens, positions, np.where(real, 0, PAD_SEGMENT).astype(np.int32), np.zeros_like(tokens),
+        rng.integers(0, classes, rows).astype(np.int32), weights,
+    )  # fmt: skip
+
+
+def pairs(rows: int, *, seed: int = 0) -> PairBatch:
+    """Random pairs of answers to common prompts, [rows, 2, T]."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, 2, LENGTH)
+    prompt, lengths = rng.integers(2, 6, (rows, 1, 1)), rng.integers(8, LENGTH + 1, (rows, 2, 1))
+    at = np.arange(LENGTH)[None, None]
+    tokens = rng.integers(3, VOCAB, shape)
+    tokens = np.where(at < prompt, tokens[:, :1], tokens)
+    real = at < lengths
+    return PairBatch(
+        np.where(real, tokens, 0).astype(np.int32), np.where(real, at, 0).astype(np.int32),
+        np.where(real, 0, PAD_SEGMENT).astype(np.int32), (real & (at >= prompt)).astype(np.float32),
+        rng.integers(0, 2, rows).astype(np.float32), np.ones(rows, np.float32),
+    )  # fmt: skip
+
+
+BATCHES: dict[type, Any] = {TokenBatch: batch, LabelBatch: labelled, PairBatch: pairs}
+
+
+def batch_for(objective: Any, rows: int, *, micro: int, seed: int = 0) -> Any:
+    """A random batch of the kind that an objective takes, in `micro` micro-batches."""
+    flat = BATCHES[objective.batch](rows, seed=seed)
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(micro, rows // micro, *x.shape[1:]), flat)
+
+
 @dc.dataclass
 class Tiny:
     """A run without files."""
@@ -93,7 +136,7 @@ def tiny(
     base = weights(model) if base is None else base
     overlay = peft.init(params.key_of(jax.random.key(seed), "peft"), model.table, base)
     base = params.cut(base, params.bounds(overlay))
-    parts = partition(base, overlay, model.table, peft.labels(model.table))
+    parts = partition(base, overlay, model.table, with_head(peft.labels(model.table), model.head))
     optim = optim or config.Optim(lr=1e-2, weight_decay=0.01)
     run: Any = SimpleNamespace(optim=optim, train=config.Train(steps=steps), objective=objective)
     spec, hyper = OptimSpec.of(optim), hyper_of(run)
@@ -105,10 +148,16 @@ def tiny(
         ]
         parts = parts.replace(trainable=jax.tree.unflatten(jax.tree.structure(parts.trainable), drawn))
     rng = params.key_of(jax.random.key(seed), "train")
-    state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable={}, hyper=hyper)
-    snapshot = jax.tree.map(jnp.copy, parts.trainable) if objective.needs_reference else None
+    state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
+    past = (parts.trainable, parts.mutable) if objective.needs_reference else (None, None)
     return Tiny(
-        model, base, overlay, parts, Program(model, objective, spec, groups), state, Frozen(parts.frozen, snapshot)
+        model,
+        base,
+        overlay,
+        parts,
+        Program(model, objective, spec, groups),
+        state,
+        Frozen(parts.frozen, *jax.tree.map(jnp.copy, past)),
     )
 
 

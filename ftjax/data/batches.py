@@ -94,6 +94,14 @@ class Examples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def origin(self, i: int) -> str:
+        """Where the row of example i stands."""
+        return self.origins[int(self.rows[i])]
+
+    def build(self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None) -> TokenBatch:
+        """A batch of rows that hold the examples with these indices (see `build_rows`)."""
+        return build_rows([[self[i] for i in row] for row in rows], length, count=count)
+
     def take(self, indices: np.ndarray) -> Examples:
         """The examples at `indices`, in that order; `row` and `origin` stay."""
         lengths = self.lengths[indices]

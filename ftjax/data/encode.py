@@ -83,9 +83,9 @@ class EncodeReport:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples and how they came about."""
+    """Examples (of any layout, see `ftjax.data.layouts`) and how they came about."""
 
-    examples: Examples
+    examples: Any
     report: EncodeReport
 
 

@@ -31,8 +31,9 @@ from ftjax.data.rows import BadRows, Row
 from ftjax.errors import ConfigError, DataError, did_you_mean
 
 Kind = Literal[
-    "language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference", "stepwise_supervision"
-]
+    "language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference", "stepwise_supervision",
+    "labelled", "image"
+]  # fmt: skip
 # the first entry whose columns are all there decides
 COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("stepwise_supervision", ("prompt", "completions", "labels")),

@@ -18,11 +18,12 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import grain
+import jax
 import numpy as np
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples, TokenBatch, build_rows
 from ftjax.data.cache import flatten
+from ftjax.data.layouts import identity
 from ftjax.data.packing import plan_rows
 from ftjax.errors import CheckpointError, ConfigError, DataError
 
@@ -39,7 +40,7 @@ def permutation(n: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def row_length(loader: Loader, *parts: Examples) -> int:
+def row_length(loader: Loader, *parts: Any) -> int:
     """T that fits all given examples (training and held-out ones).
 
     Packed rows have `max_length`; unpacked ones the longest example's length, rounded up, since padding beyond is waste.
@@ -65,7 +66,7 @@ class RowSource:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Any,
         loader: Loader,
         *,
         length: int,
@@ -99,11 +100,10 @@ class RowSource:
         rows = np.arange(step * self.batch, (step + 1) * self.batch).reshape(self.accumulate, hosts, -1)
         return rows[:, host]
 
-    def __getitem__(self, index: Any) -> TokenBatch:
+    def __getitem__(self, index: Any) -> Any:
         indices = self.rows_of(index)
-        flat = build_rows([[self.examples[i] for i in self.row(r)] for r in indices.ravel().tolist()], self.length)
-        shape = (*indices.shape, self.length)
-        return TokenBatch(*(getattr(flat, f).reshape(shape) for f in ("tokens", "positions", "segments", "weights")))
+        flat = self.examples.build([self.row(r).tolist() for r in indices.ravel().tolist()], self.length)
+        return jax.tree.map(lambda x: x.reshape(*indices.shape, *x.shape[1:]), flat)
 
 
 class Batches:
@@ -132,7 +132,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Any,
         *,
         loader: Loader,
         batch: int,
@@ -168,18 +168,18 @@ class Batches:
                 "shuffle": loader.shuffle,
             },
         }
-        self.fingerprint.setdefault("examples", {"count": len(examples), "tokens": len(examples.input_ids)})
+        self.fingerprint.setdefault("examples", identity(examples))
         options = grain.ReadOptions(num_threads=max(loader.workers, 1), prefetch_buffer_size=loader.prefetch)
         self.dataset = grain.MapDataset.source(source).to_iter_dataset(options)
         self._iterator = iter(self.dataset)
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> TokenBatch:
+    def __next__(self) -> Any:
         return next(self._iterator)
 
-    def next(self) -> TokenBatch:
+    def next(self) -> Any:
         """The next batch: numpy arrays [accumulate, batch / accumulate / hosts, T]."""
         return next(self._iterator)
 
@@ -233,13 +233,13 @@ def _short(value: Any) -> str:
 
 
 def eval_batches(
-    examples: Examples,
+    examples: Any,
     batch: int,
     length: int,
     *,
     packing: Literal["bfd", "none"] = "none",
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[TokenBatch]:
+) -> Iterator[Any]:
     """All examples once, in batches [batch / hosts, T]; missing rows of the last batch are padding with weight 0.
 
     Args:
@@ -255,4 +255,4 @@ def eval_batches(
     mine = batch // hosts
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch][host * mine : (host + 1) * mine]
-        yield build_rows([[examples[i] for i in row] for row in part], length, count=mine)
+        yield examples.build([row.tolist() for row in part], length, count=mine)

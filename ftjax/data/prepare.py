@@ -16,10 +16,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples
 from ftjax.data.cache import Cache, Entry
-from ftjax.data.encode import Encoded, EncodeReport, encode
-from ftjax.data.formats import DatasetType, TypedRows, type_rows
+from ftjax.data.encode import Encoded, EncodeReport
+from ftjax.data.formats import DatasetType, TypedRows
+from ftjax.data.layouts import TEXT, Layout, arrays_of, identity, meta_of, restored
 from ftjax.data.rows import BadRows, Row, row_hash
 from ftjax.data.task import Split, Task
 from ftjax.data.templates import resolve_template
@@ -33,7 +33,7 @@ class Prepared:
 
     Attributes:
       type: what its rows are.
-      train: training examples.
+      train: training examples, of the layout that the objective asks for.
       eval: held-out examples; may be empty.
       report: what became of the training rows.
       eval_report: what became of the held-out rows.
@@ -43,13 +43,23 @@ class Prepared:
     """
 
     type: DatasetType
-    train: Examples
-    eval: Examples
+    train: Any
+    eval: Any
     report: EncodeReport
     eval_report: EncodeReport
     template: str
     fingerprint: dict[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; empty for language data."""
+        return getattr(self.train, "names", ())
+
+    @property
+    def problem(self) -> str:
+        """regression, single_label_classification or multi_label_classification; empty for language data."""
+        return getattr(self.train, "problem", "")
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,10 @@ class _Content:
 def prepare(
     task: Task,
     loader: Loader,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     seed: int = 0,
     *,
+    layout: Layout = TEXT,
     vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Prepared:
@@ -77,8 +88,9 @@ def prepare(
     Args:
       task: the data set.
       loader: max_length, truncation, loss_on, skip_bad.
-      tokenizer: a fast tokenizer.
+      tokenizer: a fast tokenizer; None where the layout has no tokens.
       seed: seed of the data order; enters the fingerprint only.
+      layout: what batches are wanted.
       vocab_size: rows of the model's embedding, to check the tokenizer against.
       use_cache: take encoded examples from the cache and store them there.
 
@@ -86,13 +98,13 @@ def prepare(
       ConfigError: an option does not fit the data.
       DataError: files, rows, template or tokenizer are wrong, or nothing would be trained.
     """
-    warnings = tokenizer_warnings(tokenizer)
-    if vocab_size is not None:
+    warnings = tokenizer_warnings(tokenizer) if tokenizer and layout == TEXT else ()
+    if tokenizer and vocab_size is not None:
         warnings += check_vocab(tokenizer, vocab_size)
-    parts = _parts(task, loader, tokenizer)
+    parts = _parts(task, loader, tokenizer, layout)
     cache = Cache(task.name, parts) if use_cache else None
     entry = cache.load() if cache else None
-    content = _thaw(entry) if entry else _build(task, loader, tokenizer)
+    content = _thaw(entry, layout) if entry else _build(task, loader, tokenizer, layout)
     if cache and not entry:
         cache.store(*_freeze(content))
     status = cache.status if cache else "off"
@@ -103,15 +115,15 @@ def prepare(
         report=replace(content.train.report, cache=status),
         eval_report=replace(content.eval.report, cache=status),
         template=content.template,
-        fingerprint={**_without_places(parts), "seed": seed, "examples": _identity(content.train.examples)},
+        fingerprint={**_without_places(parts), "seed": seed, "examples": identity(content.train.examples)},
         warnings=warnings + content.train.report.warnings + content.warnings,
     )
 
 
-def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase | None, layout: Layout) -> dict[str, Any]:
     template = task.chat_template
     try:
-        template = resolve_template(tokenizer, template)
+        template = resolve_template(tokenizer, template) if tokenizer else ""
     except DataError:  # no template: an error only if the rows turn out to be conversations
         template = ""
     options = loader.model_dump(mode="json", include={"max_length", "truncation", "loss_on", "skip_bad"})
@@ -119,7 +131,8 @@ def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> di
     return {
         "task": {k: v for k, v in described.items() if k != "metrics"},
         "data": task.fingerprint(),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer) if tokenizer else "none",
+        **({} if layout == TEXT else {"layout": layout.name}),
         "template": hashlib.sha256(template.encode()).hexdigest() if template else "none",
         "loader": options,
     }
@@ -130,31 +143,33 @@ def _without_places(parts: dict[str, Any]) -> dict[str, Any]:
     return {**parts, "task": {k: v for k, v in parts["task"].items() if k not in ("path", "eval_path")}}
 
 
-def _build(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> _Content:
+def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout) -> _Content:
     bad = BadRows(loader.skip_bad)
-    train, read = _typed(task, "train", bad)
+    train, read = _typed(task, "train", bad, layout)
     if train is None:
         raise DataError(f"data={task.name} has no training rows")
     template = resolve_template(tokenizer, task.chat_template) if train.type.conversational else ""
-    encoded = encode(train, tokenizer, loader, template=template, wrap=task.wraps, bad=bad, read=read)
+    options: dict[str, Any] = {"template": template, "wrap": task.wraps}
+    encoded = layout.encode(train, tokenizer, loader, **options, bad=bad, read=read)
     eval_bad = BadRows(loader.skip_bad)
-    held_out, read = _typed(task, "eval", eval_bad)
+    held_out, read = _typed(task, "eval", eval_bad, layout)
     if held_out is None:
-        return _Content(train.type, encoded, Encoded(Examples.of(()), EncodeReport()), template, ())
+        empty = encoded.examples.take(np.zeros(0, np.int64))
+        return _Content(train.type, encoded, Encoded(empty, EncodeReport()), template, ())
     if held_out.type != train.type:
         raise DataError(
             f"the held-out rows are {held_out.type}, the training rows {train.type}: the columns must agree"
         )
-    encoded_eval = encode(
-        held_out, tokenizer, loader, template=template, wrap=task.wraps, bad=eval_bad, read=read, required=False
+    encoded_eval = layout.encode(
+        held_out, tokenizer, loader, **options, bad=eval_bad, read=read, required=False, like=encoded.examples
     )
     return _Content(train.type, encoded, encoded_eval, template, leak_warnings(train.rows, held_out.rows))
 
 
-def _typed(task: Task, split: Split, bad: BadRows) -> tuple[TypedRows | None, int]:
+def _typed(task: Task, split: Split, bad: BadRows, layout: Layout) -> tuple[TypedRows | None, int]:
     rows = task.examples(split, bad=bad)
     read = len(rows) + bad.count
-    return (type_rows(rows, columns=task.columns, bad=bad), read) if rows else (None, read)
+    return (layout.type_rows(rows, columns=task.columns, bad=bad), read) if rows else (None, read)
 
 
 def leak_warnings(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[str, ...]:
@@ -170,36 +185,21 @@ def leak_warnings(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[str, .
     )
 
 
-def _identity(examples: Examples) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for array in (examples.offsets, examples.input_ids, examples.weights):
-        digest.update(np.ascontiguousarray(array).data)
-    return {"count": len(examples), "tokens": len(examples.input_ids), "sha256": digest.hexdigest()}
-
-
-_ARRAYS = ("input_ids", "weights", "offsets", "rows")
-
-
 def _freeze(content: _Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays = {f"{s}.{a}": getattr(getattr(content, s).examples, a) for s in ("train", "eval") for a in _ARRAYS}
-    meta = {
-        "type": asdict(content.type),
-        "template": content.template,
-        "warnings": content.warnings,
-        **{
-            s: {"origins": getattr(content, s).examples.origins, "report": getattr(content, s).report.as_dict()}
-            for s in ("train", "eval")
-        },
-    }
-    return arrays, meta
+    parts = {"train": content.train, "eval": content.eval}
+    arrays = {f"{s}.{k}": v for s, part in parts.items() for k, v in arrays_of(part.examples).items()}
+    meta = {s: {"examples": meta_of(part.examples), "report": part.report.as_dict()} for s, part in parts.items()}
+    return arrays, meta | {
+        "type": asdict(content.type), "template": content.template, "warnings": content.warnings
+    }  # fmt: skip
 
 
-def _thaw(entry: Entry) -> _Content:
+def _thaw(entry: Entry, layout: Layout) -> _Content:
     def encoded(split: str) -> Encoded:
         meta = entry.meta[split]
         report = EncodeReport(**{**meta["report"], "warnings": tuple(meta["report"]["warnings"])})
-        arrays = {a: entry.arrays[f"{split}.{a}"] for a in _ARRAYS}
-        return Encoded(Examples(**arrays, origins=tuple(meta["origins"])), report)
+        arrays = {k.removeprefix(f"{split}."): v for k, v in entry.arrays.items() if k.startswith(f"{split}.")}
+        return Encoded(restored(layout.examples, arrays, meta["examples"]), report)
 
     kind = DatasetType(**entry.meta["type"])
     return _Content(kind, encoded("train"), encoded("eval"), entry.meta["template"], tuple(entry.meta["warnings"]))

@@ -7,12 +7,16 @@ for example in preview(prepared.train, tokenizer, n=2):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.data.batches import Example, Examples
+from ftjax.data.labels import LabelledExamples
+from ftjax.data.pairs import PairExamples
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,38 @@ class PreviewExample:
     trains_eos: bool
 
 
-def preview(examples: Examples, tokenizer: PreTrainedTokenizerBase, n: int = 2) -> list[PreviewExample]:
-    """The first n examples, decoded."""
+@singledispatch
+def preview(examples: Any, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
+    """The first n examples, decoded; nothing where they are no texts."""
+    return []
+
+
+@preview.register
+def _texts(examples: Examples, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
     return [_show(examples[i], tokenizer) for i in range(min(n, len(examples)))]
+
+
+@preview.register
+def _pairs(examples: PairExamples, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
+    judged = examples.kind == "judged"
+    found = []
+    for i in range(min(n, len(examples))):
+        names = ("good" if examples.labels[i] else "bad",) if judged else ("chosen", "rejected")
+        for name, side in zip(names, (examples.first, examples.second), strict=False):
+            shown = _show(side[i], tokenizer)
+            found.append(replace(shown, origin=f"{shown.origin} ({name})"))
+    return found
+
+
+@preview.register
+def _labelled(examples: LabelledExamples, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
+    found = []
+    for i in range(min(n, len(examples))):
+        ids = examples.input_ids[examples.offsets[i] : examples.offsets[i + 1]]
+        text = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+        spans = (Span(text, False), Span(f" -> {examples.label(i)}", True))
+        found.append(PreviewExample(examples.origin(i), spans, len(ids), 1, True))
+    return found
 
 
 def _show(example: Example, tokenizer: PreTrainedTokenizerBase) -> PreviewExample:

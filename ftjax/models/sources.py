@@ -7,6 +7,7 @@ model=Scratch(family="llama", settings=("hidden_size=192", "num_hidden_layers=6"
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
+from ftjax.headspec import HeadSpec
 from ftjax.models import hf
 from ftjax.models.base import Model, Numerics
 from ftjax.models.folder import resolve
@@ -54,9 +56,14 @@ class Pretrained(Component):
         """The base as an exported adapter names it."""
         return str(self.folder) if self.path == EMBEDDED else self.path
 
-    def load(self, numerics: Numerics, *, seed: int, vocab: int, place: Placer | None = None) -> tuple[Model, Store]:
-        """(model, parameters)."""
-        return hf.load(str(self.folder), dtype=self.dtype, numerics=numerics, place=place)
+    def load(
+        self, numerics: Numerics, *, seed: int, vocab: int, head: HeadSpec | None = None,
+        say: Callable[[str], None] = warnings.warn, place: Placer | None = None,
+    ) -> tuple[Model, Store]:  # fmt: skip
+        """(model, parameters); `say` is told of a head that is not in the files."""
+        return hf.load(
+            str(self.folder), dtype=self.dtype, numerics=numerics, head=head, seed=seed, say=say, place=place
+        )
 
 
 @register("model")
@@ -80,7 +87,10 @@ class Scratch(Component):
         """There is no base to name."""
         return ""
 
-    def load(self, numerics: Numerics, *, seed: int, vocab: int, place: Placer | None = None) -> tuple[Model, Store]:
+    def load(
+        self, numerics: Numerics, *, seed: int, vocab: int, head: HeadSpec | None = None,
+        say: Callable[[str], None] = warnings.warn, place: Placer | None = None,
+    ) -> tuple[Model, Store]:  # fmt: skip
         """(model, parameters drawn from the seed by path)."""
         settings: dict[str, Any] = {"model_type": self.family, "vocab_size": vocab}
         for item in self.settings:
@@ -89,7 +99,7 @@ class Scratch(Component):
                 settings[name] = json.loads(value)
             except json.JSONDecodeError:
                 settings[name] = value
-        model = hf.model_of(settings, numerics)
+        model = hf.model_of(settings, numerics, head)
         rng = key_of(jax.random.key(seed), "model")
         put: Any = place(model) if place else (lambda _, x: x)
         specs = {k: s for k, s in model.table.items() if s.kind != "site"}

@@ -26,11 +26,13 @@ class LossOutput:
       sums: unnormalised loss terms, differentiated.
       mutable: running state of the model (BatchNorm statistics), passed on.
       metrics: further sums for the log, each as (sum, weight).
+      rows: what `summary` needs of each row of a held-out batch ([B, ...] leaves); not used while training.
     """
 
     sums: dict[str, jax.Array]
     mutable: Any
     metrics: dict[str, tuple[jax.Array, jax.Array]]
+    rows: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -43,8 +45,12 @@ class Objective(Protocol):
     heads: ClassVar[tuple[str, ...]]
     """Kinds of head that it can train, best first (see `ftjax.headspec`)."""
 
-    def head(self, labels: tuple[str, ...]) -> HeadSpec:
-        """The head that the model must have, given the data's label names (empty for language data)."""
+    def head(self, labels: tuple[str, ...], problem: str) -> HeadSpec:
+        """The head that the model must have, given the data's label names and kind of problem (empty for language data)."""
+        ...
+
+    def inputs(self, batch: Any) -> dict[str, jax.Array]:
+        """What the policy is called with for a batch."""
         ...
 
     def coefficients(self) -> dict[str, float]:
@@ -59,4 +65,8 @@ class Objective(Protocol):
         self, policy: Policy, batch: Any, *, reference: Policy | None, mutable: Any, hyper: dict
     ) -> LossOutput:
         """The loss of one micro-batch."""
+        ...
+
+    def summary(self, rows: dict[str, Any]) -> dict[str, float]:
+        """Metrics of the whole held-out set from its rows (numpy arrays, padding rows included); most have none."""
         ...

@@ -49,9 +49,13 @@ class CausalLM(Component):
         0.0, ge=0, lt=1, description="Share of the target spread evenly over the vocabulary."
     )
 
-    def head(self, labels: tuple[str, ...]) -> HeadSpec:
+    def head(self, labels: tuple[str, ...], problem: str = "") -> HeadSpec:
         """Next tokens."""
         return HeadSpec("causal_lm")
+
+    def inputs(self, batch: TokenBatch) -> dict[str, jax.Array]:
+        """Tokens and where they stand."""
+        return model_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
@@ -76,3 +80,7 @@ class CausalLM(Component):
         return LossOutput(
             {"nll": (token.nll * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))}
         )
+
+    def summary(self, rows: dict[str, Any]) -> dict[str, float]:
+        """Sums over tokens say it all."""
+        return {}

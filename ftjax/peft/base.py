@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 
 from ftjax.errors import ConfigError, nearest
+from ftjax.headspec import HeadSpec
 from ftjax.ops import Adapted
 from ftjax.params import Ranged, Store, Table, bounds, cut, layer_keys, ranged, unranged
 from ftjax.tree import Rules, matches
@@ -43,6 +44,11 @@ class Peft(Protocol):
     def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
         """The overlay at step 0; `params` may be abstract where only shapes matter."""
         ...
+
+
+def with_head(rules: Rules, head: HeadSpec) -> Rules:
+    """A method's rules, and a task head trained beside it as a group of its own: it is new, and nothing without training."""
+    return rules if head.is_vocabulary else [("base/head/*", "head"), *rules]
 
 
 def bind(base: Mapping[str, Any], overlay: Mapping[str, Any], rng: jax.Array | None = None) -> Store:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 
 from ftjax.config import Run
+from ftjax.data.batches import Examples
 from ftjax.data.prefetch import prefetch_to_device
 from ftjax.data.preview import preview
 from ftjax.errors import CheckpointError
@@ -75,7 +76,7 @@ def introduce(setup: Setup, console: Console) -> None:
 
 def corpus_baseline(setup: Setup) -> float | None:
     """Held-out loss of a bigram model, for corpora; None for other data."""
-    if not setup.run.data.wraps or not len(setup.data.eval):
+    if not setup.run.data.wraps or not len(setup.data.eval) or not isinstance(setup.data.train, Examples):
         return None
     return bigram_loss(setup.data.train, held_out_examples(setup), setup.model.config.vocab_size)
 
@@ -190,7 +191,7 @@ class _Job:
     def _rows_of(self, step: int) -> Iterator[str]:
         source, examples = self.setup.batches.source, self.setup.data.train
         rows = source.rows_of(step).ravel().tolist()
-        return (examples[i].origin for i in itertools.chain.from_iterable(source.row(r) for r in rows))
+        return (examples.origin(i) for i in itertools.chain.from_iterable(source.row(r) for r in rows))
 
     def _evaluate(self, state: State, step: int) -> float:
         return self._measure(state, step).get("loss", float("nan"))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import params
-from ftjax.data.batches import Examples
 from ftjax.data.encode import encode_prompt
+from ftjax.data.layouts import layout_of
 from ftjax.data.pipeline import eval_batches, permutation
 from ftjax.data.task import Prompt
 from ftjax.evals.text import scores
@@ -36,7 +36,7 @@ class Answer:
     reference: str
 
 
-def held_out_examples(setup: Setup) -> Examples:
+def held_out_examples(setup: Setup) -> Any:
     """The held-out examples that are used: all, or the same `evaluate.examples` every time."""
     examples, limit = setup.data.eval, setup.run.evaluate.examples
     if limit and limit < len(examples):
@@ -75,18 +75,25 @@ class Evaluator:
             return {}
         step = self._step or self.compile()
         s, total = self.setup, None
-        for batch in eval_batches(examples, self.rows, s.batches.length, packing=s.run.loader.packing):
+        packing = s.run.loader.packing if layout_of(s.run.objective).packs else "none"
+        rows: list[dict[str, np.ndarray]] = []
+        for batch in eval_batches(examples, self.rows, s.batches.length, packing=packing):
             placed = jax.device_put(batch, s.placement.batch(0))
             out = step(state, s.frozen, placed)
+            rows.append(jax.device_get(out.pop("rows")))
             total = out if total is None else jax.tree.map(jnp.add, total, out)
-        host = jax.device_get(total)
-        return _summary(host, {k: float(v) for k, v in s.run.objective.coefficients().items()})
+        numbers = _summary(
+            jax.device_get(total), {k: float(v) for k, v in s.run.objective.coefficients().items()}, tokens=s.has_tokens
+        )
+        together = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
+        return numbers | s.run.objective.summary(together)
 
     def answers(self, state: State) -> tuple[list[Answer], dict[str, float]]:
         """Answers to the fixed held-out prompts, and the task's metrics over them."""
         s, e = self.setup, self.setup.run.evaluate
         wanted = max(e.generate, e.metric_examples if s.run.data.metrics else 0)
-        prompts: list[Prompt] = s.run.data.prompts(wanted) if wanted else []
+        speaks = s.model.head.kind == "causal_lm"
+        prompts: list[Prompt] = s.run.data.prompts(wanted) if wanted and speaks else []
         if not prompts:
             return [], {}
         ids = [encode_prompt(p.prompt, s.tokenizer, s.data.template) for p in prompts]
@@ -111,18 +118,15 @@ def shown(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def _summary(host: Any, coef: dict[str, float]) -> dict[str, float]:
+def _summary(host: Any, coef: dict[str, float], *, tokens: bool) -> dict[str, float]:
     means = {k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["terms"].items()}
     loss = sum(coef[k] * v for k, v in means.items())
     extra = {
         k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["metrics"].items() if k != "num_tokens"
     }
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        **extra,
-        "num_tokens": float(host["metrics"]["num_tokens"][0]),
-    }
+    perplexity = {"perplexity": math.exp(min(loss, 700.0))} if tokens else {}
+    counted = {k: float(host["metrics"][k][0]) for k in ("num_tokens",) if k in host["metrics"]}
+    return {"loss": loss, **perplexity, **extra, **counted}
 
 
 def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:

@@ -17,10 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ftjax import config, params, tree
-from ftjax.data.batches import TokenBatch
+from ftjax import config, params
+from ftjax.data.layouts import layout_of
 from ftjax.data.pipeline import Batches, row_length
 from ftjax.data.prepare import Prepared
 from ftjax.data.prepare import prepare as prepare_data
@@ -28,9 +27,9 @@ from ftjax.data.tokenizer import check_vocab, load_tokenizer
 from ftjax.models.base import Numerics
 from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
-from ftjax.peft.base import Overlay
+from ftjax.peft.base import Overlay, with_head
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
-from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
+from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
 
 
@@ -69,14 +68,19 @@ class Setup:
         """Whether an overlay is trained, rather than the base alone."""
         return bool(jax.tree.leaves(self.state.trainable["overlay"]))
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the loss is one of predicting tokens, whose exponential is a perplexity."""
+        return "nll" in self.run.objective.coefficients()
+
     def store(self, state: State) -> dict[str, Any]:
         """The whole store with the trained leaves of `state`."""
-        return tree.combine(state.trainable, state.const, self.frozen.store)
+        return whole(state, self.frozen.store, state.mutable)
 
 
 def numerics(compute: config.Compute) -> Numerics:
     """The part of `compute` that a model reads."""
-    return Numerics(compute.dtype, compute.layers, compute.remat, compute.attention, compute.loss_chunk)
+    return Numerics(compute.dtype, compute.layers, compute.remat, compute.attention, compute.loss_chunk, compute.batch_norm)
 
 
 def use_cache(compute: config.Compute) -> None:
@@ -109,22 +113,25 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     use_cache(run.compute)
     mesh = make_mesh(run.mesh, jax.devices())
     check_batch(mesh, run.train.batch, run.train.accumulate)
-    tokenizer = tokenizer_of(run, run.folder)
-    data = prepare_data(run.data, run.loader, tokenizer, seed=run.seed)
+    layout = layout_of(run.objective)
+    tokenizer = tokenizer_of(run, run.folder) if layout.tokens else None
+    data = prepare_data(run.data, run.loader, tokenizer, seed=run.seed, layout=layout)
+    loader = run.loader if layout.packs else run.loader.model_copy(update={"packing": "none"})
     batches = Batches(
-        data.train, loader=run.loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
-        length=row_length(run.loader, data.train, data.eval),
+        data.train, loader=loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
+        length=row_length(loader, data.train, data.eval),
         fingerprint=data.fingerprint, shard=(jax.process_index(), jax.process_count()),
     )  # fmt: skip
     say("loading the model")
-    model, base = run.model.load(numerics(run.compute), seed=run.seed, vocab=len(tokenizer))
-    warnings = (
-        *data.warnings,
-        *check_vocab(tokenizer, model.config.vocab_size),
-    )
+    notes: list[str] = []
+    model, base = run.model.load(
+        numerics(run.compute), seed=run.seed, vocab=len(tokenizer) if tokenizer else 0,
+        head=run.objective.head(data.labels, data.problem), say=notes.append,
+    )  # fmt: skip
+    warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
     base = params.cut(base, params.bounds(overlay))
-    parts = partition(base, overlay, model.table, run.peft.labels(model.table))
+    parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.head))
     store = {"base": base, "overlay": overlay}
     placement = Placement(mesh, axes_of_store(store, model.table))
     warnings += tuple(f"not split over the mesh: {line}" for line in placement.idle(store)[:3])
@@ -140,24 +147,27 @@ def assemble(run: config.Run, model: Decoder, parts: Parts) -> tuple[Program, St
     spec, hyper = OptimSpec.of(run.optim), hyper_of(run)
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
     rng = params.key_of(jax.random.key(run.seed), "train")
-    state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable={}, hyper=hyper)
+    state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
     # A real copy for the reference: it may not share buffers with what the step is given to consume.
-    frozen = Frozen(parts.frozen, jax.tree.map(jnp.copy, parts.trainable) if run.objective.needs_reference else None)
+    past = (parts.trainable, parts.mutable) if run.objective.needs_reference else (None, None)
+    frozen = Frozen(parts.frozen, *jax.tree.map(jnp.copy, past))
     return Program(model, run.objective, spec, groups), state, frozen
 
 
 # Compilation -----------------------------------------------------------------------------------------------------------
 
 
-def abstract_batch(setup: Setup) -> TokenBatch:
-    """Shapes of one step's batch [M, B, T]."""
+def abstract_batch(setup: Setup) -> Any:
+    """Shapes of one step's batch, [M, B, ...] leaves."""
     M = setup.run.train.accumulate
-    return _abstract((M, setup.run.train.batch // M, setup.batches.length))
+    one = _abstract(setup, setup.run.train.batch // M)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((M, *x.shape), x.dtype), one)
 
 
-def _abstract(shape: tuple[int, ...]) -> TokenBatch:
-    ints = jax.ShapeDtypeStruct(shape, np.int32)
-    return TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct(shape, np.float32))
+def _abstract(setup: Setup, rows: int) -> Any:
+    """Shapes of a batch of `rows`, from one that is all padding."""
+    empty = setup.data.train.build([], setup.batches.length, count=rows)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty)
 
 
 def compile_train(setup: Setup) -> Any:
@@ -177,7 +187,7 @@ def compile_train(setup: Setup) -> Any:
 def compile_eval(setup: Setup, rows: int) -> Any:
     """The compiled evaluation ``(state, frozen, batch [rows, T]) -> metrics``."""
     p = setup.placement
-    batch = _abstract((rows, setup.batches.length))
+    batch = _abstract(setup, rows)
     placed = jax.tree.map(lambda _: p.batch(0), batch)
     step = jax.jit(
         setup.program.evaluate,

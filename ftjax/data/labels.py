@@ -1,0 +1,314 @@
+"""Texts with a label or a number each: rows to examples to batches, for classification and regression.
+
+    typed = type_labelled(rows, columns=("label=category",))
+    encoded = encode_labelled(typed, tokenizer, Loader(max_length=64))
+    encoded.examples.names                      # ("activate_my_card", ...)
+    encoded.examples.build([0, 1], 64)          # LabelBatch of two rows
+
+Columns: ``text`` (and ``text_pair``), ``label``. A label is a class (a text, a number or a truth value), a list of classes
+(multi-label), or a number with a fraction (regression). The classes are those of the training rows, numbers in their
+order, texts alphabetically.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from flax import struct
+from jaxtyping import Float32, Int32
+from transformers import PreTrainedTokenizerBase
+
+from ftjax.config import Loader
+from ftjax.data.batches import PAD_SEGMENT
+from ftjax.data.encode import Encoded, EncodeReport
+from ftjax.data.formats import DatasetType, TypedRows, rename
+from ftjax.data.rows import BadRows, Row
+from ftjax.errors import DataError, did_you_mean
+
+REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
+"""Kinds of problem, as transformers' ``problem_type`` names them."""
+
+_PAIR_NAMES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+)
+_TEXT_NAMES = ("text", "sentence", "content")
+
+
+@struct.dataclass
+class LabelBatch:
+    """Rows of one text each; leading axes are free: [B, T] or [accumulate, B, T].
+
+    Attributes:
+      tokens: token ids; 0 at padding.
+      positions: 0, 1, ...
+      segments: 0, and `PAD_SEGMENT` at padding.
+      types: 1 in the second text of a pair, as the tokenizer says.
+      labels: class [B] int32; value [B] float32; or classes [B, C] float32 of 0 and 1.
+      weights: of each row [B]; 0 for rows that only fill the batch.
+    """
+
+    tokens: Int32[Any, "*b t"]
+    positions: Int32[Any, "*b t"]
+    segments: Int32[Any, "*b t"]
+    types: Int32[Any, "*b t"]
+    labels: Any
+    weights: Float32[Any, "*b"]
+
+
+@dataclass(frozen=True)
+class LabelledExamples:
+    """Encoded texts with their labels, in flat arrays.
+
+    Attributes:
+      input_ids, types: all texts one after another, [N].
+      labels: [examples], or [examples, classes].
+      offsets: text i is `[offsets[i], offsets[i + 1])`, [examples + 1].
+      rows: index of the source row of each, [examples].
+      names: of the classes; one name for a regression.
+      problem: regression, single_label_classification or multi_label_classification.
+      origins: place of each source row.
+    """
+
+    input_ids: np.ndarray
+    types: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    names: tuple[str, ...]
+    problem: str
+    origins: tuple[str, ...]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 [examples]."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: np.ndarray) -> LabelledExamples:
+        """The texts at `indices`, in that order."""
+        lengths = self.lengths[indices]
+        starts = np.cumsum(lengths) - lengths
+        flat = np.repeat(self.offsets[:-1][indices] - starts, lengths) + np.arange(lengths.sum())
+        return replace(
+            self, input_ids=self.input_ids[flat], types=self.types[flat], labels=self.labels[indices],
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), rows=self.rows[indices],
+        )  # fmt: skip
+
+    def origin(self, i: int) -> str:
+        """Where the row of example i stands."""
+        return self.origins[int(self.rows[i])]
+
+    def label(self, i: int) -> str:
+        """The label of example i as text."""
+        value = self.labels[i]
+        if self.problem == REGRESSION:
+            return f"{float(value):g}"
+        chosen = np.flatnonzero(value) if self.problem == MULTI else [int(value)]
+        return ", ".join(self.names[j] for j in chosen) or "(none)"
+
+    def build(self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None) -> LabelBatch:
+        """A batch with one text per row; rows beyond `rows` are padding with weight 0."""
+        n = len(rows) if count is None else count
+        tokens, positions, types = (np.zeros((n, length), np.int32) for _ in range(3))
+        segments = np.full((n, length), PAD_SEGMENT, np.int32)
+        labels, weights = np.zeros((n, *self.labels.shape[1:]), self.labels.dtype), np.zeros(n, np.float32)
+        for r, (i,) in enumerate(rows):
+            part = slice(self.offsets[i], self.offsets[i + 1])
+            size = part.stop - part.start
+            tokens[r, :size], types[r, :size] = self.input_ids[part], self.types[part]
+            positions[r, :size], segments[r, :size] = np.arange(size), 0
+            labels[r], weights[r] = self.labels[i], 1.0
+        return LabelBatch(tokens, positions, segments, types, labels, weights)
+
+
+# Rows ------------------------------------------------------------------------------------------------------------------
+
+
+def type_labelled(rows: Sequence[Row], *, columns: Sequence[str] = (), bad: BadRows | None = None) -> TypedRows:
+    """Checks that every row has a text and a label; pairs by GLUE's column names count as text and text_pair.
+
+    Raises:
+      ConfigError: a rename is malformed.
+      DataError: a column is missing, or a value has the wrong type.
+    """
+    bad = bad or BadRows()
+    kept = []
+    for row in rename(rows, columns):
+        row = _named(row)
+        problem = _problem(row)
+        if problem:
+            bad.add(f"{row.origin}: {problem}")
+        else:
+            kept.append(row)
+    if not kept:
+        raise DataError(f"no labelled rows are left of {len(rows)}: {bad.summary()}")
+    return TypedRows(DatasetType("labelled", False), kept)
+
+
+def _named(row: Row) -> Row:
+    pair = next((p for p in _PAIR_NAMES if all(c in row for c in p)), None)
+    text = next((c for c in _TEXT_NAMES if c in row), None)
+    if "text" not in row and pair:
+        return Row({**row, "text": row[pair[0]], "text_pair": row[pair[1]]}, row.origin)
+    return Row({**row, "text": row[text]}, row.origin) if text and text != "text" else row
+
+
+def _problem(row: Row) -> str:
+    for column in ("text", "label"):
+        if column not in row:
+            hint = did_you_mean(column, row)
+            return (
+                f"no column {column!r}.{hint} Columns: {', '.join(row)}. Labelled rows have text (or a pair such as "
+                "premise, hypothesis) and label; rename with data.columns=('label=category',)"
+            )
+    for column in ("text", "text_pair"):
+        if column in row and not isinstance(row[column], str):
+            return f"field {column!r} expected a string, got {row[column]!r}"
+    label = row["label"]
+    parts = label if isinstance(label, list) else [label]
+    if label is None or not all(isinstance(x, str | int | float) for x in parts):
+        return f"field 'label' expected a class, a number or a list of classes, got {label!r}"
+    return ""
+
+
+def problem_of(labels: Sequence[Any]) -> str:
+    """Which kind of problem the labels pose."""
+    if any(isinstance(x, list) for x in labels):
+        return MULTI
+    numbers = [x for x in (_number(x) for x in labels) if x is not None]
+    fractions = len(numbers) == len(labels) and any(not float(x).is_integer() for x in numbers)
+    return REGRESSION if fractions else SINGLE
+
+
+def _number(x: Any) -> float | None:
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        return None
+
+
+def class_names(labels: Iterable[Any]) -> tuple[str, ...]:
+    """Every class once: whole numbers in their order, anything else alphabetically."""
+    found = {str(y) for x in labels for y in (x if isinstance(x, list) else [x])}
+    whole = all(name.lstrip("-").isdigit() for name in found)
+    return tuple(sorted(found, key=int) if whole else sorted(found))
+
+
+# Encoding --------------------------------------------------------------------------------------------------------------
+
+
+def encode_labelled(
+    typed: TypedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Loader,
+    *,
+    bad: BadRows | None = None,
+    read: int | None = None,
+    required: bool = True,
+    like: LabelledExamples | None = None,
+    **_: Any,
+) -> Encoded:
+    """Tokenizes the texts with the special tokens of the tokenizer and numbers the labels.
+
+    Args:
+      typed: labelled rows.
+      tokenizer: a fast tokenizer.
+      loader: max_length, truncation.
+      bad: malformed rows so far, for the report.
+      read: rows read from the files, for the report.
+      required: having no example left is an error.
+      like: training examples whose classes held-out rows must have.
+
+    Raises:
+      DataError: a label that the training rows do not have, only one class, texts too long.
+    """
+    bad = bad or BadRows()
+    rows, labels = typed.rows, [r["label"] for r in typed.rows]
+    problem = like.problem if like else problem_of(labels)
+    names = like.names if like else (("value",) if problem == REGRESSION else class_names(labels))
+    if problem != REGRESSION and len(names) < 2:
+        raise DataError(f"every row has the label {', '.join(names)}: there is nothing to tell apart")
+    values = _values(rows, names, problem)
+    pairs = [r["text_pair"] for r in rows] if all("text_pair" in r for r in rows) else None
+    made = tokenizer(
+        [r["text"] for r in rows], pairs, return_token_type_ids=True, return_attention_mask=False, verbose=False
+    )
+    ids, types = made["input_ids"], made["token_type_ids"]
+    full = [len(x) for x in ids]
+    long = [i for i, n in enumerate(full) if n > loader.max_length]
+    kept = list(range(len(rows)))
+    if long and loader.truncation == "error":
+        raise DataError(
+            f"{len(long)} of {len(rows)} texts are longer than loader.max_length={loader.max_length}: "
+            f"{', '.join(rows[i].origin for i in long[:3])}"
+        )
+    if long and loader.truncation == "drop":
+        kept = [i for i in kept if full[i] <= loader.max_length]
+    elif long:
+        cut = tokenizer(
+            [rows[i]["text"] for i in long], None if pairs is None else [pairs[i] for i in long], truncation=True,
+            max_length=loader.max_length, return_token_type_ids=True, verbose=False,
+        )  # fmt: skip
+        for at, i in enumerate(long):
+            ids[i], types[i] = cut["input_ids"][at], cut["token_type_ids"][at]
+    dropped = len(rows) - len(kept)
+    if not kept and required:
+        raise DataError(f"all {len(rows)} texts are longer than loader.max_length={loader.max_length}")
+    examples = LabelledExamples(
+        np.concatenate([np.asarray(ids[i], np.int32) for i in kept] or [np.zeros(0, np.int32)]),
+        np.concatenate([np.asarray(types[i], np.int32) for i in kept] or [np.zeros(0, np.int32)]),
+        values[kept], np.cumsum([0, *(len(ids[i]) for i in kept)], dtype=np.int64), np.asarray(kept, np.int64),
+        names, problem, tuple(r.origin for r in rows),
+    )  # fmt: skip
+    report = EncodeReport(
+        read=len(rows) + bad.count if read is None else read, skipped_bad=bad.count, dropped=dropped,
+        truncated=len(long) if loader.truncation == "right" else 0, examples=len(kept), tokens=len(examples.input_ids),
+        trained_tokens=len(examples.input_ids), longest=max(full), warnings=tuple(_warnings(examples, bad, long, loader)),
+    )  # fmt: skip
+    return Encoded(examples, report)
+
+
+def _values(rows: Sequence[Row], names: tuple[str, ...], problem: str) -> np.ndarray:
+    """Labels as numbers.
+
+    Raises:
+      DataError: a class that is not among `names`, or no number in a regression.
+    """
+    if problem == REGRESSION:
+        odd = next((r for r in rows if _number(r["label"]) is None), None)
+        if odd is not None:
+            raise DataError(f"{odd.origin}: field 'label' expected a number, got {odd['label']!r}")
+        return np.asarray([float(r["label"]) for r in rows], np.float32)
+    index = {name: i for i, name in enumerate(names)}
+    values = np.zeros((len(rows), len(names)), np.float32)
+    for i, row in enumerate(rows):
+        for label in row["label"] if isinstance(row["label"], list) else [row["label"]]:
+            if str(label) not in index:
+                raise DataError(
+                    f"{row.origin}: label {label!r} is not among the {len(names)} of the training rows."
+                    f"{did_you_mean(str(label), names)}"
+                )
+            values[i, index[str(label)]] = 1.0
+    return values if problem == MULTI else values.argmax(1).astype(np.int32)
+
+
+def _warnings(examples: LabelledExamples, bad: BadRows, long: list[int], loader: Loader) -> Iterable[str]:
+    if bad.count:
+        yield bad.summary()
+    if long:
+        what = "cut to" if loader.truncation == "right" else "left out, longer than"
+        yield f"{len(long):,} texts are {what} loader.max_length={loader.max_length}"
+    if examples.problem == SINGLE and len(examples):
+        counts = Counter(examples.labels.tolist())
+        most, least = max(counts.values()), min(counts.get(i, 0) for i in range(len(examples.names)))
+        if most > 20 * max(least, 1):
+            yield f"the classes are uneven: the largest has {most:,} rows, the smallest {least:,}"
