@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from ftjax.generate.api import generate as _generate
 from ftjax.models import hf
@@ -12,7 +15,7 @@ from ftjax.models.base import Model
 from ftjax.models.transformer import Decoder
 from ftjax.params import Store, bounds, cut
 from ftjax.peft import base as peft
-from ftjax.peft.interop import load_adapter
+from ftjax.peft.interop import head_of, load_adapter
 
 
 def load_pretrained(
@@ -31,11 +34,16 @@ def load_pretrained(
     Raises:
       DataError: files are missing, damaged or do not fit; nothing is loaded in part.
     """
-    model, params = hf.load(str(path_or_id), dtype=dtype)
     if adapter is None:
-        return model, params
-    overlay = load_adapter(adapter, model.table, params, base_path=str(path_or_id)).overlay
-    return model, peft.bind(cut(params, bounds(overlay)), overlay)
+        return hf.load(str(path_or_id), dtype=dtype)
+    brought = head_of(adapter)
+    # A head that the adapter brings replaces the one drawn here, so there is nothing to tell of it.
+    model, params = hf.load(
+        str(path_or_id), dtype=dtype, head=brought, say=(lambda _: None) if brought else warnings.warn
+    )
+    file = load_adapter(adapter, model.table, params, base_path=str(path_or_id))
+    params |= {k: jnp.asarray(v, params[k].dtype) for k, v in file.saved.items()}
+    return model, peft.bind(cut(params, bounds(file.overlay)), file.overlay)
 
 
 def save_pretrained(

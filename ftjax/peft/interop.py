@@ -22,11 +22,19 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ftjax.errors import ConfigError, DataError, did_you_mean, listing
+from ftjax.headspec import HeadSpec, label_names
 from ftjax.params import Store, Table
 from ftjax.peft.base import Overlay
 from ftjax.registry import known
 from ftjax.safefiles import open_tensors, read_json
 
+PREFIX = "base_model.model."
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS",
+}  # fmt: skip
+"""PEFT's name of a task, which decides the class that it opens a base with; other heads have none."""
+_OUTPUTS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
@@ -43,12 +51,14 @@ class AdapterFile:
     Attributes:
       method: the method with the file's settings; `overlay` is the truth where they cannot say all (per-module ranks).
       overlay: float32 entries keyed as the table, stacked over adjoining layers.
+      saved: weights of the base that were trained beside the adapter (a task head), by store key.
       base_path: the model that the file says it belongs to; a name for people, never opened.
     """
 
     method: Any
     overlay: Overlay
     base_path: str
+    saved: Store = dc.field(default_factory=dict)
 
 
 class Codec:
@@ -93,7 +103,8 @@ def save_adapter(
     method: Any,
     *,
     base_path: str,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
+    saved: Store | None = None,
     card: str = "",
 ) -> Path:
     """Writes an adapter folder that PEFT opens.
@@ -105,6 +116,7 @@ def save_adapter(
       method: the method that made them.
       base_path: folder or hub id of the base model.
       task_type: PEFT's name of the task, which decides the class that it opens the base with.
+      saved: weights of the base trained beside the adapter, as `modules_to_save` (a task head).
       card: text of README.md; none is written when empty.
 
     Raises:
@@ -115,6 +127,9 @@ def save_adapter(
         able = ", ".join(name for name, cls in known("peft").items() if getattr(cls, "hf_codec", None))
         raise ConfigError(f"peft={method.name} has no form in Hugging Face PEFT's format. Methods that have: {able}")
     settings, tensors = codec.encode(overlay, table, method)
+    if saved:
+        copies, modules = saved_modules(saved, table)
+        tensors, settings = tensors | copies, settings | {"modules_to_save": modules}
     config = {
         "peft_type": codec.peft_type,
         "task_type": task_type,
@@ -152,14 +167,70 @@ def load_adapter(folder: str | Path, table: Table, params: Store, *, base_path: 
         raise DataError(f"no adapter folder at {folder}" + (" (a file is)" if folder.exists() else ""))
     config = read_json(folder / CONFIG_FILE)
     try:
+        tensors = read_tensors(folder)
+        saved = take_saved(config.pop("modules_to_save", None) or [], tensors, table)
         codec = codec_for(config)
-        method, overlay = codec.decode(config, read_tensors(folder), table, params)
+        method, overlay = codec.decode(config, tensors, table, params)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
     named = str(config.get("base_model_name_or_path") or "")
     if base_path and named and _last(named) != _last(base_path):
         warnings.warn(f"{folder} was made for {named!r}; it is laid over {base_path!r}", stacklevel=2)
-    return AdapterFile(method, overlay, named)
+    return AdapterFile(method, overlay, named, saved)
+
+
+def head_of(folder: str | Path) -> HeadSpec | None:
+    """The head that an adapter folder brings along, its labels unnamed; None when it brings none.
+
+    Raises:
+      DataError: see `read_tensors`.
+    """
+    folder = Path(folder).expanduser()
+    config = read_json(folder / CONFIG_FILE)
+    kind = next((k for k, task in TASK_TYPES.items() if task == config.get("task_type")), "")
+    modules = tuple(config.get("modules_to_save") or ())
+    if not modules or not kind or HeadSpec(kind).is_vocabulary:
+        return None
+    with open_tensors(folder / WEIGHTS_FILE) as f:
+        outputs = [
+            f.get_slice(name).get_shape()[0]
+            for name in f.keys()  # noqa: SIM118 (not a dict)
+            if name.removeprefix(PREFIX).startswith(modules) and name.endswith(_OUTPUTS)
+        ]
+    return HeadSpec(kind, label_names(outputs[0])) if outputs else None
+
+
+def saved_modules(saved: Store, table: Table) -> tuple[Tensors, list[str]]:
+    """Whole weights as PEFT keeps them: (tensors by name in the file, modules)."""
+    tensors = {f"{PREFIX}{table[k].hf}": table[k].to_file(np.asarray(v, np.float32)) for k, v in saved.items()}
+    return tensors, sorted({table[k].hf.split(".")[0] for k in saved})
+
+
+def take_saved(modules: list[str], tensors: Tensors, table: Table) -> Store:
+    """Removes the tensors of `modules_to_save` from those of a file and returns them by store key.
+
+    Raises:
+      DataError: the model has no such module (load the base with the head that the adapter was trained with), or a
+        tensor is missing or misshapen.
+    """
+    saved: Store = {}
+    problems = []
+    for module in modules:
+        inside = {k: s for k, s in table.items() if s.hf == module or s.hf.startswith(f"{module}.")}
+        if not inside:
+            problems.append(
+                f"modules_to_save={module!r}  the model has no such module: load it with the adapter's head"
+            )
+        for key, spec in inside.items():
+            value = tensors.pop(f"{PREFIX}{spec.hf}", None)
+            if value is None or value.shape != spec.file_shape:
+                found = "missing" if value is None else f"misshapen {list(value.shape)}"
+                problems.append(f"{PREFIX}{spec.hf}  {found}, expected {list(spec.file_shape)}")
+            else:
+                saved[key] = spec.from_file(value)
+    if problems:
+        raise DataError(listing("the adapter's own modules do not fit the model", problems))
+    return saved
 
 
 def _last(path: str) -> str:

@@ -20,9 +20,7 @@ import numpy as np
 from ftjax.errors import DataError, listing, nearest
 from ftjax.params import ParamSpec, Ranged, Store, Table, ranged
 from ftjax.peft.base import Overlay
-from ftjax.peft.interop import CONFIG_FILE, Codec, Tensors
-
-PREFIX = "base_model.model."
+from ftjax.peft.interop import CONFIG_FILE, PREFIX, Codec, Tensors
 
 
 @dc.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ftjax.generate.api import completion, generate_ids
 from ftjax.generate.sampling import Sampling
 from ftjax.models import hf
 from ftjax.peft.base import bind, merge
-from ftjax.peft.interop import save_adapter
+from ftjax.peft.interop import TASK_TYPES, save_adapter
 from ftjax.train.setup import Setup, compile_eval
 from ftjax.train.state import State
 
@@ -142,9 +142,11 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
     run = setup.run
     if store["overlay"]:
         target = folder / "adapter"
+        trained = {k: store["base"][k] for k, v in setup.state.trainable["base"].items() if v is not None}
         save_adapter(
-            target, params.join(store["overlay"]), setup.model.table, run.peft, base_path=run.model.label, card=card
-        )
+            target, params.join(store["overlay"]), setup.model.table, run.peft, base_path=run.model.label, card=card,
+            task_type=TASK_TYPES.get(setup.model.head.kind), saved=params.join(trained),
+        )  # fmt: skip
         return target
     return write_model(setup, params.join(store["base"]), folder / "model", card=card)
 
