@@ -181,7 +181,7 @@ class DPO(Component):
         if "sft" in self.loss:
             sums["sft"] = -(mine.token[:, 0] * batch.rows[:, None]).sum()
         rewards = hyper["beta"] * jnp.stack([terms.good, terms.bad], -1)
-        return LossOutput(sums, mutable, reward_metrics(rewards, mine, batch))
+        return LossOutput(sums, mutable, reward_metrics(rewards, self.log_p(mine), mine, batch))
 
     def terms(self, mine: Answers, theirs: Answers, hyper: dict[str, jax.Array]) -> Terms:
         """What the losses are made of."""

@@ -75,19 +75,19 @@ def answer_mask(batch: PairBatch) -> jax.Array:
     return (shift(flat(batch))[1] > 0).astype(jnp.float32).reshape(batch.tokens.shape)
 
 
-def reward_metrics(rewards: jax.Array, policy: Answers, batch: PairBatch) -> Sums:
+def reward_metrics(rewards: jax.Array, log_p: jax.Array, policy: Answers, batch: PairBatch) -> Sums:
     """TRL's metrics of pairs as (sum, weight).
 
     Args:
       rewards: implied rewards of both answers [B, 2].
-      policy: their log-probabilities.
+      log_p: log-probabilities of both answers, as the loss counts them [B, 2].
+      policy: the answers under the policy.
       batch: the pairs.
     """
     n, (good, bad) = batch.rows, jnp.moveaxis(rewards, -1, 0)
-    log_p = jnp.moveaxis(policy.sums, -1, 0)
     mean = {
         "rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad,
-        "rewards/accuracies": (good > bad).astype(jnp.float32), "logps/chosen": log_p[0], "logps/rejected": log_p[1],
+        "rewards/accuracies": (good > bad).astype(jnp.float32), "logps/chosen": log_p[:, 0], "logps/rejected": log_p[:, 1],
     }  # fmt: skip
     found = {k: ((v * n).sum(), n.sum()) for k, v in mean.items()}
     tokens = policy.mask[:, 0] * n[:, None]

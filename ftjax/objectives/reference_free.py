@@ -58,7 +58,7 @@ class PairObjective(Component):
         each, log_p = self.pair_loss(mine, hyper)
         pair, *rest = self.coefficients()  # type: ignore[attr-defined]
         sums = {pair: (each * batch.rows).sum()} | {k: (self.imitation(mine) * batch.rows).sum() for k in rest}
-        return LossOutput(sums, mutable, reward_metrics(hyper["beta"] * log_p, mine, batch))
+        return LossOutput(sums, mutable, reward_metrics(hyper["beta"] * log_p, log_p, mine, batch))
 
 
 @register("objective")
