@@ -154,6 +154,10 @@ class Compute(Component):
     )
     attention: Literal["auto", "xla"] = Field(default="auto", description="auto: the fastest that fits.")
     loss_chunk: int = Field(default=1024, ge=0, description="Tokens whose logits exist at once; 0: all.")
+    batch_norm: Literal["train", "frozen"] = Field(
+        default="train",
+        description="BatchNorm while training. train: by each micro-batch, running statistics follow; frozen: by these.",
+    )
     cache: str = Field(default="~/.cache/ftjax/xla", description="Persistent compilation cache; empty: off.")
     onednn: bool = Field(
         default=False, description="CPU: matrix products by oneDNN, a little faster; programs then cannot be cached."

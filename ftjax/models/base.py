@@ -35,6 +35,7 @@ class Numerics:
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["auto", "xla"] = "auto"
     loss_chunk: int = 1024
+    batch_norm: Literal["train", "frozen"] = "train"
 
 
 @dc.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a run holds: the part that trains (donated, checkpointed) and the part that does not.
 
 The store of a run is ``{"base": ..., "overlay": ...}``. Labels split it once, before the first step: `State.trainable` and
-`State.const` travel through the step; `Frozen` is a separate argument, never donated, returned or saved.
+`State.const` travel through the step; `Frozen` is a separate argument, never donated, returned or saved. Running statistics
+(leaves of kind "stat") are taken out before that: they change without gradients, and travel as `State.mutable`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class State:
       const: numbers of the overlay that are not trained (scales, rates); None elsewhere.
       opt: optimizer state.
       rng: base key; a step uses ``fold_in(rng, step)``.
-      mutable: the model's running state (BatchNorm), empty for language models.
+      mutable: the model's running statistics (BatchNorm) by store key, float32; empty for language models.
       hyper: numbers of the run as arrays (see `ftjax.train.optimizer.hyper_of`).
     """
 
@@ -44,19 +45,21 @@ class State:
 
 @struct.dataclass
 class Frozen:
-    """What never changes: the rest of the store, and the reference's snapshot of the trainable leaves (or None)."""
+    """What never changes: the rest of the store, and the reference's snapshot of trainable leaves and statistics (or None)."""
 
     store: Any
     reference: Any = None
+    mutable: Any = None
 
 
 @struct.dataclass
 class Parts:
-    """A store split by label; `groups` has the optimizer group of each trainable leaf."""
+    """A store split by label; `groups` has the optimizer group of each trainable leaf, `mutable` the running statistics."""
 
     trainable: Any
     const: Any
     frozen: Any
+    mutable: Store
     groups: Any = struct.field(pytree_node=False)
     store_labels: Any = struct.field(pytree_node=False)
 
@@ -77,7 +80,8 @@ def partition(base: Store, overlay: Overlay, table: Table, rules: Rules) -> Part
       ConfigError: an overlay entry fits nothing, a rule matches nothing, or nothing is trainable.
     """
     check_overlay(overlay, table)
-    store = {"base": base, "overlay": overlay}
+    mutable = {k: v for k, v in base.items() if spec_of(table, k).kind == "stat"}
+    store = {"base": {k: v for k, v in base.items() if k not in mutable}, "overlay": overlay}
     labels = tree.label(store, rules)
     trainable, rest = tree.split(store, labels, lambda name: name not in (FROZEN, CONST))
     if not jax.tree.leaves(trainable):
@@ -85,7 +89,19 @@ def partition(base: Store, overlay: Overlay, table: Table, rules: Rules) -> Part
     rest_labels = jax.tree.map(lambda x, name: None if x is not None else name, trainable, labels, is_leaf=_hole)
     const, frozen = tree.split(rest, rest_labels, lambda name: name == CONST)
     groups = jax.tree.map(lambda x, name: name if x is not None else None, trainable, labels, is_leaf=_hole)
-    return Parts(trainable, const, frozen, groups, labels)
+    return Parts(trainable, const, frozen, mutable, groups, labels)
+
+
+def whole(parts: Any, frozen: Any, mutable: Store) -> dict[str, Any]:
+    """The store ``{"base": ..., "overlay": ...}`` put together again: for a model's eyes, for merging and for export.
+
+    Args:
+      parts: `State` or `Parts`, whose trainable and const leaves count.
+      frozen: the rest of the store.
+      mutable: running statistics.
+    """
+    store = tree.combine(parts.trainable, parts.const, frozen)
+    return {**store, "base": {**store["base"], **mutable}}
 
 
 def _hole(x: Any) -> bool:
@@ -110,6 +126,6 @@ def cut_base(base: Store, rules: Rules, overlay: Overlay) -> Store:
 
 
 def initial(parts: Parts, tx: Any, *, rng: jax.Array, mutable: Any, hyper: Any) -> State:
-    """The state before the first step; trainable leaves are in float32, whatever the base's dtype."""
-    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), parts.trainable)
+    """The state before the first step; what changes is in float32, whatever the base's dtype."""
+    trainable, mutable = jax.tree.map(lambda x: x.astype(jnp.float32), (parts.trainable, mutable))
     return State(jnp.zeros((), jnp.int32), trainable, parts.const, tx.init(trainable), rng, mutable, hyper)

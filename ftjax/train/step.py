@@ -43,7 +43,7 @@ class Program:
     groups: Any
 
     def params(self, trainable: Any, state: State, frozen: Frozen, rng: jax.Array | None) -> Any:
-        """The bound store of the present policy."""
+        """The bound store of the present policy, but for its running statistics."""
         store = tree.combine(trainable, state.const, frozen.store)
         return bind(store["base"], store["overlay"], rng)
 
@@ -52,12 +52,13 @@ class Program:
         bound = self.params(trainable, state, frozen, rng)
 
         def policy(inputs: Any, mutable: Any) -> tuple[Any, Any]:
-            return self.model.apply(bound, inputs), mutable
+            out = self.model.apply(bound | mutable, inputs, train=rng is not None)
+            return out, mutable | out.mutable
 
         reference = None
         if self.objective.needs_reference:
             past = tree.combine(frozen.reference, state.const, frozen.store)
-            reference = partial(self.model.apply, bind(past["base"], past["overlay"]))
+            reference = partial(self.model.apply, bind(past["base"], past["overlay"]) | (frozen.mutable or {}))
         return self.objective(policy, batch, reference=reference, mutable=mutable, hyper=state.hyper)
 
     def train(self, state: State, frozen: Frozen, batches: Any) -> tuple[State, Metrics]:
@@ -126,4 +127,4 @@ class Program:
         """Loss terms and metrics of one batch [B, ...] as (sum, weight), without dropout."""
         out = self.output(state.trainable, state.mutable, state, frozen, batch, None)
         weights = self.objective.weights(batch)
-        return {"terms": {k: (v, weights[k]) for k, v in out.sums.items()}, "metrics": out.metrics}
+        return {"terms": {k: (v, weights[k]) for k, v in out.sums.items()}, "metrics": out.metrics, "rows": out.rows}
