@@ -11,6 +11,7 @@ loaded in part.
 from __future__ import annotations
 
 import dataclasses as dc
+import itertools
 import json
 import math
 import shutil
@@ -38,7 +39,7 @@ from ftjax.safefiles import read_json
 
 SHARD_BYTES = 4 * 1024**3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                    "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+                    "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model", "preprocessor_config.json")  # fmt: skip
 
 
 def model_of(config: dict[str, Any], numerics: Numerics, head: HeadSpec | None = None) -> Model:
@@ -333,7 +334,7 @@ def save(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards: list[dict[str, np.ndarray]] = [{}]
     size = total = 0
-    for name, value in to_file_tensors(model.table, params):
+    for name, value in itertools.chain(to_file_tensors(model.table, params), model.constants().items()):
         if size and size + value.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
