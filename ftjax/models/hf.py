@@ -204,7 +204,7 @@ def load(
     config = read_json(folder / "config.json")
     model = model_of(config, numerics or Numerics(dtype=dtype), head)
     files = tensor_files(folder)
-    loading = _Loading(model, model.head != head_of(type(model), config), _names(files), seed)
+    loading = _Loading(model, head_of(type(model), config), _names(files), seed)
     if loading.tied:
         _check_tied(files, *loading.tied)
     params = load_table(
@@ -222,17 +222,32 @@ class _Loading:
 
     Attributes:
       model: what is loaded.
-      other_head: whether the folder was saved with another head.
+      written: the head that the folder was saved with.
       names: in the files.
       seed: of new heads.
     """
 
     model: Model
-    other_head: bool
+    written: HeadSpec
     names: frozenset[str]
     seed: int
     made: list[str] = dc.field(default_factory=list)
     left_out: list[str] = dc.field(default_factory=list)
+
+    @property
+    def other_head(self) -> bool:
+        """Whether the folder was saved with another head."""
+        return self.model.head != self.written
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """Names of head tensors that mean something else in the files: another kind of head, or other labels."""
+        now, then = self.model.head, self.written
+        unnamed = then.labels == label_names(len(now.labels))  # labels that nobody has named stand for any
+        same = now.labels == then.labels or unnamed or (now.kind != then.kind and len(now.labels) == len(then.labels))
+        if same and self.model.heads[now.kind] == self.model.heads[then.kind]:
+            return frozenset()
+        return frozenset(s.hf for k, s in self.model.table.items() if k.startswith("head/"))
 
     @property
     def tied(self) -> tuple[str, str] | None:
@@ -247,13 +262,17 @@ class _Loading:
         return bool(prefix) and not any(self.model.canonical(n).startswith(prefix) for n in self.names)
 
     def rename(self, name: str) -> str:
-        """To the table's name."""
+        """To the table's name; empty for a tensor whose place a new head takes."""
         name = self.model.canonical(name)
-        return self.model.prefix + name if self.bare else name
+        name = self.model.prefix + name if self.bare else name
+        if name in self.replaced:
+            self.left_out.append(name)
+            return ""
+        return name
 
     def ignore(self, name: str) -> bool:
         """Buffers; a tied head's copy; the tensors of a head that this model does not have."""
-        if any(fnmatchcase(name, pattern) for pattern in self.model.buffers):
+        if not name or any(fnmatchcase(name, pattern) for pattern in self.model.buffers):
             return True
         if self.tied and name == self.tied[1]:
             return True
