@@ -136,7 +136,7 @@ def tiny(
     base = weights(model) if base is None else base
     overlay = peft.init(params.key_of(jax.random.key(seed), "peft"), model.table, base)
     base = params.cut(base, params.bounds(overlay))
-    parts = partition(base, overlay, model.table, with_head(peft.labels(model.table), model.head))
+    parts = partition(base, overlay, model.table, with_head(peft.labels(model.table), model.always_trained))
     optim = optim or config.Optim(lr=1e-2, weight_decay=0.01)
     run: Any = SimpleNamespace(optim=optim, train=config.Train(steps=steps), objective=objective)
     spec, hyper = OptimSpec.of(optim), hyper_of(run)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ftjax import ops
@@ -131,6 +132,11 @@ class Model:
             )
 
     @property
+    def always_trained(self) -> tuple[str, ...]:
+        """Patterns of store keys that are trained beside any method: a task's head, which is nothing without training."""
+        return () if self.head.is_vocabulary else ("head/*",)
+
+    @property
     def dtype(self) -> Any:
         """Compute dtype."""
         return jnp.dtype(self.numerics.dtype)
@@ -145,6 +151,10 @@ class Model:
     ) -> Output:
         """Runs the model on a batch; see the subclass for the inputs."""
         raise NotImplementedError
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """Tensors that a file has beside the parameters, by name; they carry nothing, but readers miss them."""
+        return {}
 
     def canonical(self, name: str) -> str:
         """A name in the file as the table has it; families with older spellings override this."""

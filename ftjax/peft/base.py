@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 import jax
 
 from ftjax.errors import ConfigError, nearest
-from ftjax.headspec import HeadSpec
 from ftjax.ops import Adapted
 from ftjax.params import Ranged, Store, Table, bounds, cut, layer_keys, ranged, unranged
 from ftjax.tree import Rules, matches
@@ -46,9 +45,9 @@ class Peft(Protocol):
         ...
 
 
-def with_head(rules: Rules, head: HeadSpec) -> Rules:
-    """A method's rules, and a task head trained beside it as a group of its own: it is new, and nothing without training."""
-    return rules if head.is_vocabulary else [("base/head/*", "head"), *rules]
+def with_head(rules: Rules, patterns: Sequence[str]) -> Rules:
+    """A method's rules, and the keys trained beside any method (`Model.always_trained`) as a group of their own."""
+    return [*((f"base/{p}", "head") for p in patterns), *rules]
 
 
 def bind(base: Mapping[str, Any], overlay: Mapping[str, Any], rng: jax.Array | None = None) -> Store:
@@ -142,8 +141,9 @@ def select(table: Table, targets: Sequence[str], *, where: str) -> list[str]:
     kernels = {k: s for k, s in table.items() if s.kind == "kernel"}
     chosen: set[str] = set()
     problems = []
+    stacks = any(ranged(k) for k in kernels)
     for target in targets:
-        hit = {k for k in kernels if _is_target(k, kernels[k].hf, target)}
+        hit = {k for k in kernels if _is_target(k, kernels[k].hf, target, stacks)}
         if not hit:
             problems.append(_no_target(where, target, kernels))
         chosen |= hit
@@ -157,10 +157,10 @@ def _module_names(key: str, hf: str) -> tuple[str, str]:
     return unranged(key).rsplit("/", 1)[0], hf.removesuffix(".weight").removesuffix(".bias")
 
 
-def _is_target(key: str, hf: str, target: str) -> bool:
+def _is_target(key: str, hf: str, target: str, stacks: bool) -> bool:
     ours, theirs = _module_names(key, hf)
     if target == "all-linear":
-        return ranged(key) is not None
+        return ranged(key) is not None if stacks else not key.startswith("head/")
     if any(c in target for c in "*?/["):
         return any(matches(name, target) for name in (ours, theirs, key, unranged(key)))
     return ours.rsplit("/", 1)[-1] == target or theirs == target or theirs.endswith("." + target)

@@ -80,7 +80,9 @@ class Setup:
 
 def numerics(compute: config.Compute) -> Numerics:
     """The part of `compute` that a model reads."""
-    return Numerics(compute.dtype, compute.layers, compute.remat, compute.attention, compute.loss_chunk, compute.batch_norm)
+    return Numerics(
+        compute.dtype, compute.layers, compute.remat, compute.attention, compute.loss_chunk, compute.batch_norm
+    )
 
 
 def use_cache(compute: config.Compute) -> None:
@@ -131,7 +133,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
     base = params.cut(base, params.bounds(overlay))
-    parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.head))
+    parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.always_trained))
     store = {"base": base, "overlay": overlay}
     placement = Placement(mesh, axes_of_store(store, model.table))
     warnings += tuple(f"not split over the mesh: {line}" for line in placement.idle(store)[:3])
