@@ -238,28 +238,8 @@ def encode_labelled(
     if problem != REGRESSION and len(names) < 2:
         raise DataError(f"every row has the label {', '.join(names)}: there is nothing to tell apart")
     values = _values(rows, names, problem)
-    pairs = [r["text_pair"] for r in rows] if all("text_pair" in r for r in rows) else None
-    made = tokenizer(
-        [r["text"] for r in rows], pairs, return_token_type_ids=True, return_attention_mask=False, verbose=False
-    )
-    ids, types = made["input_ids"], made["token_type_ids"]
-    full = [len(x) for x in ids]
+    ids, types, full, kept = _tokenized(rows, tokenizer, loader)
     long = [i for i, n in enumerate(full) if n > loader.max_length]
-    kept = list(range(len(rows)))
-    if long and loader.truncation == "error":
-        raise DataError(
-            f"{len(long)} of {len(rows)} texts are longer than loader.max_length={loader.max_length}: "
-            f"{', '.join(rows[i].origin for i in long[:3])}"
-        )
-    if long and loader.truncation == "drop":
-        kept = [i for i in kept if full[i] <= loader.max_length]
-    elif long:
-        cut = tokenizer(
-            [rows[i]["text"] for i in long], None if pairs is None else [pairs[i] for i in long], truncation=True,
-            max_length=loader.max_length, return_token_type_ids=True, verbose=False,
-        )  # fmt: skip
-        for at, i in enumerate(long):
-            ids[i], types[i] = cut["input_ids"][at], cut["token_type_ids"][at]
     dropped = len(rows) - len(kept)
     if not kept and required:
         raise DataError(f"all {len(rows)} texts are longer than loader.max_length={loader.max_length}")
@@ -275,6 +255,40 @@ def encode_labelled(
         trained_tokens=len(examples.input_ids), longest=max(full), warnings=tuple(_warnings(examples, bad, long, loader)),
     )  # fmt: skip
     return Encoded(examples, report)
+
+
+def _tokenized(rows: Sequence[Row], tokenizer: Any, loader: Loader) -> tuple[list, list, list[int], list[int]]:
+    """(token ids, token types, lengths before any cut, rows kept); what is too long is cut, dropped or refused.
+
+    Raises:
+      DataError: a text is too long and `loader.truncation` is "error".
+    """
+    pairs = [r["text_pair"] for r in rows] if all("text_pair" in r for r in rows) else None
+
+    def encode(chosen: Sequence[int], **options: Any) -> tuple[list, list]:
+        second = None if pairs is None else [pairs[i] for i in chosen]
+        first = [rows[i]["text"] for i in chosen]
+        made = tokenizer(
+            first, second, return_token_type_ids=True, return_attention_mask=False, verbose=False, **options
+        )
+        return made["input_ids"], made["token_type_ids"]
+
+    kept = list(range(len(rows)))
+    ids, types = encode(kept)
+    full = [len(x) for x in ids]
+    long = [i for i, n in enumerate(full) if n > loader.max_length]
+    if long and loader.truncation == "error":
+        raise DataError(
+            f"{len(long)} of {len(rows)} texts are longer than loader.max_length={loader.max_length}: "
+            f"{', '.join(rows[i].origin for i in long[:3])}"
+        )
+    if long and loader.truncation == "drop":
+        return ids, types, full, [i for i in kept if full[i] <= loader.max_length]
+    if long:
+        cut = encode(long, truncation=True, max_length=loader.max_length)
+        for i, cut_ids, cut_types in zip(long, *cut, strict=True):
+            ids[i], types[i] = cut_ids, cut_types
+    return ids, types, full, kept
 
 
 def _values(rows: Sequence[Row], names: tuple[str, ...], problem: str) -> np.ndarray:
