@@ -12,7 +12,9 @@ import numpy as np
 
 from ftjax import config, params
 from ftjax.data.batches import PAD_SEGMENT, TokenBatch
+from ftjax.data.images import ImageBatch
 from ftjax.data.labels import LabelBatch
+from ftjax.data.masking import MaskBatch
 from ftjax.data.pairs import PairBatch
 from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
@@ -24,7 +26,7 @@ from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
 from ftjax.train.step import Program
 
-VOCAB, LENGTH = 96, 16
+VOCAB, LENGTH, IMAGE = 96, 16, 16
 
 
 def llama(numerics: Numerics | None = None, *, head: HeadSpec | None = None, **changes: Any) -> Model:
@@ -94,7 +96,26 @@ def pairs(rows: int, *, seed: int = 0) -> PairBatch:
     )  # fmt: skip
 
 
-BATCHES: dict[type, Any] = {TokenBatch: batch, LabelBatch: labelled, PairBatch: pairs}
+def masked(rows: int, *, seed: int = 0) -> MaskBatch:
+    """Random rows with some tokens hidden."""
+    plain, rng = batch(rows, seed=seed), np.random.default_rng(seed)
+    chosen = rng.random(plain.tokens.shape) < 0.3
+    return MaskBatch(
+        np.where(chosen, 2, plain.tokens).astype(np.int32), np.asarray(plain.tokens), np.asarray(plain.positions),
+        np.asarray(plain.segments), chosen.astype(np.float32),
+    )  # fmt: skip
+
+
+def images(rows: int, *, classes: int = 3, seed: int = 0) -> ImageBatch:
+    """Random images with a class each, [rows, 3, IMAGE, IMAGE]; the last row only fills the batch."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(size=(rows, 3, IMAGE, IMAGE)).astype(np.float32)
+    weights = np.ones(rows, np.float32)
+    weights[-1] = 0
+    return ImageBatch(pixels, rng.integers(0, classes, rows).astype(np.int32), weights)
+
+
+BATCHES: dict[type, Any] = {ImageBatch: images, MaskBatch: masked, TokenBatch: batch, LabelBatch: labelled, PairBatch: pairs}
 
 
 def batch_for(objective: Any, rows: int, *, micro: int, seed: int = 0) -> Any:

@@ -98,7 +98,9 @@ class Examples(Sequence[Example]):
         """Where the row of example i stands."""
         return self.origins[int(self.rows[i])]
 
-    def build(self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None) -> TokenBatch:
+    def build(
+        self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
+    ) -> TokenBatch:
         """A batch of rows that hold the examples with these indices (see `build_rows`)."""
         return build_rows([[self[i] for i in row] for row in rows], length, count=count)
 

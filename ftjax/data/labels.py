@@ -115,7 +115,9 @@ class LabelledExamples:
         chosen = np.flatnonzero(value) if self.problem == MULTI else [int(value)]
         return ", ".join(self.names[j] for j in chosen) or "(none)"
 
-    def build(self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None) -> LabelBatch:
+    def build(
+        self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
+    ) -> LabelBatch:
         """A batch with one text per row; rows beyond `rows` are padding with weight 0."""
         n = len(rows) if count is None else count
         tokens, positions, types = (np.zeros((n, length), np.int32) for _ in range(3))

@@ -6,7 +6,7 @@
     encoded.examples.build([[0], [1]], 512)              # a batch of numpy arrays
 
 All examples offer ``len``, ``lengths``, ``rows``, ``origins``, ``origin(i)``, ``take(indices)`` and
-``build(rows, length, count)``.
+``build(rows, length, count=, key=)``, where `key` is for what is drawn anew each time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ftjax.data.batches import Examples, TokenBatch
 from ftjax.data.encode import Encoded, encode
 from ftjax.data.formats import TypedRows, type_rows
 from ftjax.data.labels import LabelBatch, LabelledExamples, encode_labelled, type_labelled
+from ftjax.data.masking import MaskBatch, MaskedExamples, encode_masked
 from ftjax.data.pairs import PairBatch, PairExamples, encode_judged, encode_pairs
 
 
@@ -53,6 +54,7 @@ def _encode_text(*args: Any, like: Any = None, **options: Any) -> Encoded:
 TEXT = Layout("text", Examples, type_rows, _encode_text, packs=True)
 _LAYOUTS: dict[tuple[type, str], Layout] = {
     (TokenBatch, ""): TEXT,
+    (MaskBatch, ""): Layout("masked", MaskedExamples, type_rows, encode_masked, packs=True),
     (LabelBatch, ""): Layout("labelled", LabelledExamples, type_labelled, encode_labelled),
     (PairBatch, ""): Layout("pairs", PairExamples, type_rows, encode_pairs),
     (PairBatch, "judged"): Layout("judged", PairExamples, type_rows, encode_judged),

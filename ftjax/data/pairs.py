@@ -89,7 +89,9 @@ class PairExamples:
             self, first=self.first.take(indices), second=self.second.take(indices), labels=self.labels[indices]
         )
 
-    def build(self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None) -> PairBatch:
+    def build(
+        self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
+    ) -> PairBatch:
         """A batch with one pair per row; rows beyond `rows` are padding."""
         n = len(rows) if count is None else count
         indices = [i for (i,) in rows]

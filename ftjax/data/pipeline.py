@@ -102,7 +102,11 @@ class RowSource:
 
     def __getitem__(self, index: Any) -> Any:
         indices = self.rows_of(index)
-        flat = self.examples.build([self.row(r).tolist() for r in indices.ravel().tolist()], self.length)
+        flat = self.examples.build(
+            [self.row(r).tolist() for r in indices.ravel().tolist()],
+            self.length,
+            key=(self.seed, int(index), self.shard[0]),
+        )
         return jax.tree.map(lambda x: x.reshape(*indices.shape, *x.shape[1:]), flat)
 
 
@@ -255,4 +259,4 @@ def eval_batches(
     mine = batch // hosts
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch][host * mine : (host + 1) * mine]
-        yield examples.build([row.tolist() for row in part], length, count=mine)
+        yield examples.build([row.tolist() for row in part], length, count=mine, key=(0, start, host))

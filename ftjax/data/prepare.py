@@ -80,6 +80,7 @@ def prepare(
     seed: int = 0,
     *,
     layout: Layout = TEXT,
+    options: dict[str, Any] | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Prepared:
@@ -91,6 +92,7 @@ def prepare(
       tokenizer: a fast tokenizer; None where the layout has no tokens.
       seed: seed of the data order; enters the fingerprint only.
       layout: what batches are wanted.
+      options: of the objective for its layout (`data_options`).
       vocab_size: rows of the model's embedding, to check the tokenizer against.
       use_cache: take encoded examples from the cache and store them there.
 
@@ -101,10 +103,11 @@ def prepare(
     warnings = tokenizer_warnings(tokenizer) if tokenizer and layout == TEXT else ()
     if tokenizer and vocab_size is not None:
         warnings += check_vocab(tokenizer, vocab_size)
-    parts = _parts(task, loader, tokenizer, layout)
+    options = options or {}
+    parts = _parts(task, loader, tokenizer, layout) | ({"options": options} if options else {})
     cache = Cache(task.name, parts) if use_cache else None
     entry = cache.load() if cache else None
-    content = _thaw(entry, layout) if entry else _build(task, loader, tokenizer, layout)
+    content = _thaw(entry, layout) if entry else _build(task, loader, tokenizer, layout, options)
     if cache and not entry:
         cache.store(*_freeze(content))
     status = cache.status if cache else "off"
@@ -143,13 +146,13 @@ def _without_places(parts: dict[str, Any]) -> dict[str, Any]:
     return {**parts, "task": {k: v for k, v in parts["task"].items() if k not in ("path", "eval_path")}}
 
 
-def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout) -> _Content:
+def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: dict[str, Any]) -> _Content:
     bad = BadRows(loader.skip_bad)
     train, read = _typed(task, "train", bad, layout)
     if train is None:
         raise DataError(f"data={task.name} has no training rows")
     template = resolve_template(tokenizer, task.chat_template) if train.type.conversational else ""
-    options: dict[str, Any] = {"template": template, "wrap": task.wraps}
+    options: dict[str, Any] = {"template": template, "wrap": task.wraps, **extra}
     encoded = layout.encode(train, tokenizer, loader, **options, bad=bad, read=read)
     eval_bad = BadRows(loader.skip_bad)
     held_out, read = _typed(task, "eval", eval_bad, layout)

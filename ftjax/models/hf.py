@@ -39,7 +39,8 @@ from ftjax.safefiles import read_json
 
 SHARD_BYTES = 4 * 1024**3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                    "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model", "preprocessor_config.json")  # fmt: skip
+                    "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+                    "preprocessor_config.json")  # fmt: skip
 
 
 def model_of(config: dict[str, Any], numerics: Numerics, head: HeadSpec | None = None) -> Model:

@@ -117,7 +117,10 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     check_batch(mesh, run.train.batch, run.train.accumulate)
     layout = layout_of(run.objective)
     tokenizer = tokenizer_of(run, run.folder) if layout.tokens else None
-    data = prepare_data(run.data, run.loader, tokenizer, seed=run.seed, layout=layout)
+    data = prepare_data(
+        run.data, run.loader, tokenizer, seed=run.seed, layout=layout,
+        options=getattr(run.objective, "data_options", dict)(),
+    )  # fmt: skip
     loader = run.loader if layout.packs else run.loader.model_copy(update={"packing": "none"})
     batches = Batches(
         data.train, loader=loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
