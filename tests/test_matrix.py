@@ -11,6 +11,7 @@ for bit; 8 devices equal one; the merged weights equal the adapted ones.
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 import itertools
 from pathlib import Path
 
@@ -20,10 +21,12 @@ import numpy as np
 import pytest
 
 from ftjax import config, registry, tree
+from ftjax.errors import ConfigError
 from ftjax.headspec import VOCABULARY, label_names
 from ftjax.parallel.mesh import Placement, axes_of_store, make_mesh
 from ftjax.peft.base import bind, merge
 from ftjax.train.checkpoint import Checkpoints
+from ftjax.train.state import whole
 from tests import tiny, tinymodels
 
 # What a component needs beyond its defaults to run on a tiny model; a new one that needs nothing needs no entry.
@@ -46,11 +49,23 @@ class Cell:
 def impossible(cell: Cell) -> str:
     """Why a combination cannot be; empty: it can."""
     wanted, had = registry.get("objective", cell.objective).heads, registry.get("family", cell.family).heads
-    return (
-        ""
-        if head_kind(cell)
-        else f"{cell.objective} needs a head {' or '.join(wanted)}; {cell.family} has {', '.join(had)}"
-    )
+    if not head_kind(cell):
+        return f"{cell.objective} needs a head {' or '.join(wanted)}; {cell.family} has {', '.join(had)}"
+    return without_matrices(cell.peft, cell.family)
+
+
+@functools.cache
+def without_matrices(peft: str, family: str) -> str:
+    """Why a method cannot be on a model of convolutions alone; empty: it can, or the model has matrices."""
+    table = MODELS[family]().table
+    if any(s.kind == "kernel" and not k.startswith("head/") for k, s in table.items()):
+        return ""
+    specs = {k: jax.ShapeDtypeStruct(s.shape, jnp.float32) for k, s in table.items() if s.kind != "site"}
+    try:
+        registry.get("peft", peft)(**SMALL.get(peft, {})).init(jax.random.key(0), table, specs)
+    except ConfigError as error:
+        return str(error).splitlines()[-1].strip()
+    return ""
 
 
 def head_kind(cell: Cell) -> str:
@@ -145,7 +160,7 @@ def check_devices(t, want, data):
 
 
 def check_merge(t, state, inputs):
-    store = tree.combine(state.trainable, state.const, t.frozen.store)
+    store = whole(state, t.frozen.store, state.mutable)
     bound = bind(store["base"], store["overlay"])
     folded = merge(bound, t.model.table)
     assert set(folded) == {k for k, s in t.model.table.items() if s.kind != "site"}

@@ -88,6 +88,10 @@ def _bottleneck(c: ResNetConfig, out: int, stride: int) -> tuple[_Layer, ...]:
 _LAYERS = {"basic": _basic, "bottleneck": _bottleneck}
 
 
+def _names(layer: str) -> tuple[str, str]:
+    return f"{layer}.convolution", f"{layer}.normalization"
+
+
 class ResNetBlock(nn.Module):
     """One residual block; the shortcut is a 1 x 1 convolution where size or channels change."""
 
@@ -103,11 +107,11 @@ class ResNetBlock(nn.Module):
         y = x
         for i, layer in enumerate(_LAYERS[c.layer_type](c, self.out, self.stride)):
             y = act(y) if i else y
-            hf = f"{self.hf}.layer.{i}"
-            y = Conv(layer.out, layer.size, f"{hf}.convolution", layer.stride, layer.size // 2, name=f"conv{i + 1}")(y)
-            y = BatchNorm(f"{hf}.normalization", name=f"norm{i + 1}")(y)
+            conv, norm = _names(f"{self.hf}.layer.{i}")
+            y = Conv(layer.out, layer.size, conv, layer.stride, layer.size // 2, name=f"conv{i + 1}")(y)
+            y = BatchNorm(norm, name=f"norm{i + 1}")(y)
         if self.stride != 1 or x.shape[-1] != self.out:
-            x = ConvNorm(self.out, 1, f"{self.hf}.shortcut", self.stride, name="shortcut")(x)
+            x = ConvNorm(self.out, 1, *_names(f"{self.hf}.shortcut"), self.stride, name="shortcut")(x)
         return act(y + x)
 
 
@@ -127,6 +131,12 @@ class ResNetStage(nn.Module):
         return x
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of every 3 x 3 places, at every second place; nothing stands beyond the border."""
+    around: Any = ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), (2, 2), around)
+
+
 class ResNetTrunk(nn.Module):
     """A 7 x 7 convolution and max-pooling (a quarter of the size), the stages, the mean over all places."""
 
@@ -135,8 +145,8 @@ class ResNetTrunk(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = ConvNorm(c.embedding_size, 7, "resnet.embedder.embedder", 2, name="embedder")(x)
-        x = nn.max_pool(ACTIVATIONS[c.hidden_act](x), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = ConvNorm(c.embedding_size, 7, *_names("resnet.embedder.embedder"), 2, name="embedder")(x)
+        x = max_pool(ACTIVATIONS[c.hidden_act](x))
         for i in range(len(c.depths)):
             x = ResNetStage(c, i, name=f"stage{i + 1}")(x)
         return x.mean((1, 2))

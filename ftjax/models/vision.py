@@ -58,13 +58,14 @@ class ConvNorm(nn.Module):
 
     out: int
     size: int
-    hf: str
+    conv_hf: str
+    norm_hf: str
     stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = Conv(self.out, self.size, f"{self.hf}.convolution", self.stride, self.size // 2, name="conv")(x)
-        return BatchNorm(f"{self.hf}.normalization", name="norm")(x)
+        x = Conv(self.out, self.size, self.conv_hf, self.stride, self.size // 2, name="conv")(x)
+        return BatchNorm(self.norm_hf, name="norm")(x)
 
 
 def to_nhwc(pixels: jax.Array, channels: int) -> jax.Array:
