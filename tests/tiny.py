@@ -115,7 +115,13 @@ def images(rows: int, *, classes: int = 3, seed: int = 0) -> ImageBatch:
     return ImageBatch(pixels, rng.integers(0, classes, rows).astype(np.int32), weights)
 
 
-BATCHES: dict[type, Any] = {ImageBatch: images, MaskBatch: masked, TokenBatch: batch, LabelBatch: labelled, PairBatch: pairs}
+BATCHES: dict[type, Any] = {
+    ImageBatch: images,
+    MaskBatch: masked,
+    TokenBatch: batch,
+    LabelBatch: labelled,
+    PairBatch: pairs,
+}
 
 
 def batch_for(objective: Any, rows: int, *, micro: int, seed: int = 0) -> Any:

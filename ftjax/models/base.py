@@ -156,6 +156,10 @@ class Model:
         """Tensors that a file has beside the parameters, by name; they carry nothing, but readers miss them."""
         return {}
 
+    def unused(self, name: str) -> bool:
+        """Whether a tensor in the file is a copy that this architecture does not use."""
+        return False
+
     def canonical(self, name: str) -> str:
         """A name in the file as the table has it; families with older spellings override this."""
         return name

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ftjax.models.base import Head
-from ftjax.models.layers import Seq
+from ftjax.models.layers import ACTIVATIONS, LayerNorm, Linear, Seq
 from ftjax.ops import PAD_SEGMENT
 from ftjax.params import ParamSpec, leaf
 
@@ -85,3 +85,61 @@ def last_real(seq: Seq) -> jax.Array:
     """Column of the last token that is not padding [B]; 0 where there is none."""
     real = seq.segments != PAD_SEGMENT
     return jnp.where(real, jnp.arange(real.shape[1], dtype=jnp.int32), 0).max(axis=1)
+
+
+class _Dense(nn.Module):
+    """The inner part of `EncoderHead`, named "head" in the table."""
+
+    head: EncoderHead
+
+    @nn.compact
+    def __call__(self, h: jax.Array, embedding: Any) -> tuple[jax.Array, Head]:
+        c = self.head
+        if c.dense_hf:
+            h = ACTIVATIONS[c.activation](
+                Linear(h.shape[-1], ("embed", None), c.dense_hf, True, c.std, name="dense")(h)
+            )
+        if c.norm_hf:
+            h = LayerNorm(c.eps, c.norm_hf, name="norm")(h)
+        b = leaf(self, "b", ParamSpec((c.out,), (c.axis,), "bias", init="zeros", hf=c.bias_hf))
+        if c.tied:
+            return h, Head(embedding, True, b)
+        spec = ParamSpec((h.shape[-1], c.out), ("embed", c.axis), std=c.std, hf=c.hf + ".weight", transposed=True)
+        return h, Head(leaf(self, "w", spec), False, b)
+
+
+class EncoderHead(nn.Module):
+    """What BERT and its kin put on top: pool, dense layer, norm, projection; what has no name is left out.
+
+    Attributes:
+      out: labels or tokens.
+      hf: projection in the file.
+      std: initial standard deviation.
+      bias_hf: the projection's bias in the file.
+      first: whether only the first token counts.
+      pooler_hf: tanh layer over the first token that belongs to the base (BERT).
+      dense_hf, activation: layer before the projection.
+      norm_hf, eps: norm after it.
+      tied: whether the projection is the embedding table.
+      axis: logical axis of the outputs.
+    """
+
+    out: int
+    hf: str
+    std: float
+    bias_hf: str
+    first: bool = False
+    pooler_hf: str = ""
+    dense_hf: str = ""
+    activation: str = "tanh"
+    norm_hf: str = ""
+    eps: float = 0.0
+    tied: bool = False
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self, h: jax.Array, seq: Seq, embedding: Any) -> tuple[jax.Array, Head]:
+        h = h[:, 0] if self.first else h
+        if self.pooler_hf:
+            h = jnp.tanh(Linear(h.shape[-1], ("embed", None), self.pooler_hf, True, self.std, name="pooler")(h))
+        return _Dense(self.clone(parent=None, name=None), name="head")(h, embedding)

@@ -275,6 +275,8 @@ class _Loading:
         """Buffers; a tied head's copy; the tensors of a head that this model does not have."""
         if not name or any(fnmatchcase(name, pattern) for pattern in self.model.buffers):
             return True
+        if self.model.unused(name):
+            return True
         if self.tied and name == self.tied[1]:
             return True
         other = self.other_head and bool(self.model.prefix) and not self._of_base(name)

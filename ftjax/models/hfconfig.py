@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterable
 from typing import Any
 
 from ftjax.errors import DataError
@@ -64,6 +65,15 @@ class HFConfig:
     def bool(self, name: str, *, implied: bool | None = None) -> builtins.bool:
         """true or false."""
         return self._typed(name, builtins.bool, "true or false", implied)
+
+    def choice(self, name: str, allowed: Iterable[str]) -> str:
+        """One of the values that are implemented."""
+        value = self.raw(name)
+        if value is None:
+            raise self.missing(name)
+        if value not in (names := list(allowed)):
+            raise self.wrong(name, value, f"one of {', '.join(names)}")
+        return value
 
     def mapping(self, name: str) -> dict[str, Any]:
         """An object; empty when absent or null."""

@@ -151,7 +151,9 @@ def visible(seq: Seq, kv: KV, *, causal: bool, window: Any) -> jax.Array:
     attention is not causal.
     """
     q, k = seq.positions[:, :, None], kv.positions[:, None, :]
-    same = seq.segments[:, :, None] == kv.segments[:, None, :]
+    mine = seq.segments[:, :, None]
+    # Padding sees everything, as in transformers, where a mask is one of keys: of BERT's first column this can be read.
+    same = (mine == kv.segments[:, None, :]) | (mine == PAD_SEGMENT)
     everywhere = kv.segments[:, None, :] == GLOBAL_SEGMENT
     mask = (same | everywhere) & (kv.segments[:, None, :] != PAD_SEGMENT)
     if causal:
