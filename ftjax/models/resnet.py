@@ -106,7 +106,7 @@ class ResNetBlock(nn.Module):
         act = ACTIVATIONS[c.hidden_act]
         y = x
         for i, layer in enumerate(_LAYERS[c.layer_type](c, self.out, self.stride)):
-            y = act(y) if i else y
+            y = nn.relu(y) if i else y  # within a block transformers has ReLU, whatever hidden_act says
             conv, norm = _names(f"{self.hf}.layer.{i}")
             y = Conv(layer.out, layer.size, conv, layer.stride, layer.size // 2, name=f"conv{i + 1}")(y)
             y = BatchNorm(norm, name=f"norm{i + 1}")(y)
