@@ -28,6 +28,7 @@ from ftjax.data.images import (
     unit,
 )
 from ftjax.data.layouts import arrays_of, layout_of, meta_of, restored
+from ftjax.data.pipeline import Batches
 from ftjax.data.prepare import prepare
 from ftjax.data.rows import BadRows, Row
 from ftjax.data.tasks.digits import Digits
@@ -210,7 +211,7 @@ def test_training_all_or_parts_on_digits(part, family, digits):
     losses = []
     for i in range(12):
         rows = [[32 * i + j] for j in range(32)]
-        flat = digits.train.build(rows, epochs=[0] * 32, seed=0)
+        flat = digits.train.build(rows, key=(0, i))
         state, metrics = step(state, t.frozen, jax.tree.map(lambda x: jnp.asarray(x)[None], flat))
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05, losses
@@ -345,23 +346,40 @@ def examples(**changes):
     return ImageExamples.of(pictures(), [0, 1, 2, 0, 1, 2], names=("a", "b", "c"), recipe=recipe)
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone():
+def test_augmentation_depends_on_key_and_index_alone():
     data = examples()
     rows = [[i] for i in range(6)]
-    one = data.build(rows, epochs=[3] * 6, seed=7)
-    np.testing.assert_array_equal(one.pixels, data.build(rows, epochs=[3] * 6, seed=7).pixels)
-    alone = data.build([[4]], epochs=[3], seed=7).pixels[0]
+    one = data.build(rows, key=(7, 3))
+    np.testing.assert_array_equal(one.pixels, data.build(rows, key=(7, 3)).pixels)
+    alone = data.build([[4]], key=(7, 3)).pixels[0]
     np.testing.assert_array_equal(one.pixels[4], alone)
     part = data.take(np.array([4, 1]))
-    np.testing.assert_array_equal(part.build([[0]], epochs=[3], seed=7).pixels[0], alone)
-    for epoch, seed in ((4, 7), (3, 8)):
-        assert (data.build(rows, epochs=[epoch] * 6, seed=seed).pixels != one.pixels).any()
+    np.testing.assert_array_equal(part.build([[0]], key=(7, 3)).pixels[0], alone)
+    for key in ((7, 4), (8, 3)):
+        assert (data.build(rows, key=key).pixels != one.pixels).any()
     np.testing.assert_array_equal(data.build(rows).pixels, normalise(unit(data.images), RECIPE))
+
+
+def test_batches_of_the_pipeline_resume_with_the_same_pictures():
+    make = lambda: Batches(examples(), loader=Loader(packing="none"), batch=4, accumulate=2, seed=5)  # noqa: E731
+    one = make()
+    seen = [one.next() for _ in range(5)]
+    assert seen[0].pixels.shape == (2, 2, 3, 10, 10) and seen[0].labels.shape == (2, 2)
+    two = make()
+    two.restore({"next_index": 3})
+    for want in seen[3:]:
+        got = two.next()
+        np.testing.assert_array_equal(got.pixels, want.pixels)
+        np.testing.assert_array_equal(got.labels, want.labels)
+    plain = examples(padding=0, flip=False)
+    assert (
+        seen[0].pixels != Batches(plain, loader=Loader(packing="none"), batch=4, accumulate=2, seed=5).next().pixels
+    ).any()
 
 
 def test_augmentation_cuts_and_mirrors_every_way():
     x = unit(pictures(1)[0])
-    seen = {augment(x, RECIPE, seed=0, index=i, epoch=0).tobytes() for i in range(2000)}
+    seen = {augment(x, RECIPE, key=(0, 0), index=i).tobytes() for i in range(2000)}
     assert len(seen) == 7 * 7 * 2
     padded = np.pad(x, ((0, 0), (3, 3), (3, 3)))
     cuts = {
@@ -370,13 +388,13 @@ def test_augmentation_cuts_and_mirrors_every_way():
     }  # fmt: skip
     assert seen == cuts
     plain = Recipe()
-    np.testing.assert_array_equal(augment(x, plain, seed=0, index=0, epoch=0), x)
+    np.testing.assert_array_equal(augment(x, plain, key=(0, 0), index=0), x)
 
 
 def test_augmentation_is_the_same_on_every_machine():
     """Golden: if this fails, runs that were stopped no longer go on with the pictures that they would have seen."""
     x = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
-    got = augment(x, Recipe(padding=1, flip=True), seed=1, index=2, epoch=3)
+    got = augment(x, Recipe(padding=1, flip=True), key=(1, 3), index=2)
     assert got[0].tolist() == GOLDEN
 
 
@@ -416,6 +434,7 @@ def test_rows_of_pictures():
     assert encoded.examples.recipe == RECIPE
     held_out = encode_images(type_images(rows[1:3]), None, Loader(), like=encoded.examples)
     assert held_out.examples.labels.tolist() == [1, 2]
+    assert held_out.examples.recipe == Recipe(RECIPE.mean, RECIPE.std), "held-out pictures are never augmented"
     with pytest.raises(DataError, match=r"x:9: a picture .* of class 'd'; expected .* among a, b, c"):
         odd = Row({"image": Picture(pictures()[0]), "label": "d"}, "x:9")
         encode_images(type_images([odd, *rows]), None, Loader(), like=encoded.examples)

@@ -2,15 +2,16 @@
 
     examples = ImageExamples.of(pictures, labels, names=("cat", "dog"), recipe=Recipe(mean=(0.5,), std=(0.5,), padding=4))
     examples.build([[0], [1]])                            # held-out: as they are
-    examples.build([[0], [1]], epochs=(3, 3), seed=0)     # training: cropped and flipped
+    examples.build([[0], [1]], key=(seed, step))          # training: cropped and flipped
 
-Augmentation is a function of (picture, seed, its index, epoch), so that resuming gives the same batches.
+Augmentation is a function of the picture, its index and the key (the seed with the step or the epoch), so that resuming
+gives the same batches.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,12 @@ def normalise(pixels: np.ndarray, recipe: Recipe) -> np.ndarray:
     return (pixels - mean) / std
 
 
-def augment(pixels: np.ndarray, recipe: Recipe, *, seed: int, index: int, epoch: int) -> np.ndarray:
-    """A random cut out of the black-bordered picture [C, H, W], mirrored or not, decided by (seed, epoch, index) alone.
+def augment(pixels: np.ndarray, recipe: Recipe, *, key: tuple[int, ...], index: int) -> np.ndarray:
+    """A random cut out of the black-bordered picture [C, H, W], mirrored or not, decided by (key, index) alone.
 
     Drawn from the raw Philox stream, which numpy keeps stable over versions.
     """
-    down, right, mirror = np.random.Philox(np.random.SeedSequence((seed, epoch, index))).random_raw(3).tolist()
+    down, right, mirror = np.random.Philox(np.random.SeedSequence((*key, index))).random_raw(3).tolist()
     p = recipe.padding
     if p:
         H, W = pixels.shape[1:]
@@ -213,7 +214,7 @@ class ImageExamples:
 
     def build(
         self, rows: Sequence[Sequence[int]], length: int = 0, *, count: int | None = None,
-        epochs: Sequence[int] | None = None, seed: int = 0,
+        key: tuple[int, ...] | None = None,
     ) -> ImageBatch:  # fmt: skip
         """A batch with one picture per row; rows beyond `rows` are black with weight 0.
 
@@ -221,16 +222,15 @@ class ImageExamples:
           rows: index of each row's picture.
           length: no use here.
           count: B; by default one per entry.
-          epochs: epoch of each row, which together with `seed` decides the augmentation; None: no augmentation.
-          seed: of the run.
+          key: of this step or epoch, the run's seed included; decides the augmentation. None: no augmentation.
         """
         n = len(rows) if count is None else count
         pixels = np.zeros((n, *self.images.shape[1:]), np.float32)
         labels, weights = np.zeros(n, np.int32), np.zeros(n, np.float32)
         for r, (i,) in enumerate(rows):
             one = unit(self.images[i])
-            if epochs is not None:  # by the source row, so that a subset of the pictures is treated as the whole is
-                one = augment(one, self.recipe, seed=seed, index=int(self.rows[i]), epoch=epochs[r])
+            if key is not None:  # by the source row, so that a subset of the pictures is treated as the whole is
+                one = augment(one, self.recipe, key=key, index=int(self.rows[i]))
             pixels[r], labels[r], weights[r] = normalise(one, self.recipe), self.labels[i], 1.0
         return ImageBatch(pixels, labels, weights)
 
@@ -260,7 +260,10 @@ def encode_images(
     typed: TypedRows, tokenizer: Any, loader: Loader, *, bad: BadRows | None = None, read: int | None = None,
     like: ImageExamples | None = None, **_: Any,
 ) -> Encoded:  # fmt: skip
-    """Stacks the pictures and numbers the classes; `like` has the classes and the size of the training pictures.
+    """Stacks the pictures and numbers the classes.
+
+    Held-out pictures are those with `like`, the training pictures, whose classes and size they must have; they are never
+    augmented.
 
     Raises:
       DataError: pictures of several sizes, a class that training does not have, or only one class.
@@ -276,8 +279,9 @@ def encode_images(
         raise DataError(f"{odd.origin}: a picture {has}; expected {list(shape)} of a class among {', '.join(names)}")
     images = np.stack([r["image"].pixels for r in rows])
     labels = [names.index(str(r["label"])) for r in rows]
-    places: Iterable[str] = (r.origin for r in rows)
-    made = ImageExamples.of(images, labels, names=names, recipe=rows[0]["image"].recipe, origins=tuple(places))
+    recipe, origins = rows[0]["image"].recipe, tuple(r.origin for r in rows)
+    recipe = replace(recipe, padding=0, flip=False) if like else recipe
+    made = ImageExamples.of(images, labels, names=names, recipe=recipe, origins=origins)
     warnings = (bad.summary(),) if bad.count else ()
     count = len(rows) + bad.count if read is None else read
     return Encoded(made, EncodeReport(read=count, skipped_bad=bad.count, examples=len(rows), warnings=warnings))

@@ -154,8 +154,10 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
 def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str) -> Path:
     """Writes a plain model folder with tokenizer and card."""
     dtype = jnp.dtype(setup.run.model.dtype)
-    hf.save(setup.model, {k: np.asarray(v).astype(dtype) for k, v in store.items()}, folder)
-    setup.tokenizer.save_pretrained(str(folder))
+    beside = getattr(setup.run.model, "folder", None) if setup.tokenizer is None else None  # how images are normalised
+    hf.save(setup.model, {k: np.asarray(v).astype(dtype) for k, v in store.items()}, folder, tokenizer_from=beside)
+    if setup.tokenizer is not None:
+        setup.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 
