@@ -14,7 +14,7 @@ _HARMLESS = {
     "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder", "is_decoder", "torchscript",
     "chunk_size_feed_forward", "add_cross_attention", "tie_encoder_decoder", "finetuning_task", "task_specific_params",
     "tokenizer_class", "prefix", "sep_token_id", "cross_attention_hidden_size", "tf_legacy_loss", "pruned_heads",
-    "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed", "gradient_checkpointing",
+    "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed", "gradient_checkpointing", "cache_implementation",
 }  # fmt: skip
 
 

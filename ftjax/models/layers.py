@@ -83,17 +83,29 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * w, statistics in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * w, statistics in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Attributes:
+      eps: added to the mean square.
+      hf: name in the file.
+      offset: None multiplies in x's dtype, as Llama does; a number is added to w and all is done in float32 (Gemma: 1).
+      axis: logical axis of w.
+    """
 
     eps: float
     hf: str
+    offset: float | None = None
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = leaf(self, "w", ParamSpec(x.shape[-1:], ("embed",), "norm", init="ones", hf=self.hf))
+        init = "zeros" if self.offset else "ones"
+        w = leaf(self, "w", ParamSpec(x.shape[-1:], (self.axis,), "norm", init=init, hf=self.hf))
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return w.astype(x.dtype) * y.astype(x.dtype)
+        if self.offset is None:
+            return w.astype(x.dtype) * y.astype(x.dtype)
+        return (y * (w.astype(jnp.float32) + self.offset)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -135,9 +147,13 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, inv_freq_h: jax.Array, *,
     Args:
       x_BTNH: queries or keys.
       positions_BT: token positions.
-      inv_freq_h: inverse frequencies [H / 2].
+      inv_freq_h: inverse frequencies [H / 2]; fewer leave the last dimensions of a head as they are.
       scale: factor on the result (1 for the plain form).
     """
+    rotated = 2 * inv_freq_h.shape[-1]
+    if rotated < x_BTNH.shape[-1]:
+        turned = rotate(x_BTNH[..., :rotated], positions_BT, inv_freq_h, scale=scale)
+        return jnp.concatenate([turned, x_BTNH[..., rotated:]], axis=-1)
     angle = positions_BT[..., None, None].astype(jnp.float32) * inv_freq_h
     cos, sin = (jnp.cos(angle) * scale).astype(x_BTNH.dtype), (jnp.sin(angle) * scale).astype(x_BTNH.dtype)
     x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
