@@ -190,7 +190,7 @@ def attend(
     kv: KV,
     seq: Seq,
     *,
-    scale: float,
+    scale: Any,
     causal: bool = True,
     window: Any = None,
     cap: float | None = None,
@@ -202,7 +202,7 @@ def attend(
       q_BTNH: queries.
       kv: keys and values with what decides who sees them.
       seq: positions and segments of the queries.
-      scale: factor on the scores.
+      scale: factor on the scores; a number, or a traced one.
       causal: whether nothing later is seen.
       window: see `visible`.
       cap: soft limit of the scores, None for none.

@@ -164,6 +164,7 @@ class Decoder(Transformer):
     embed_hf: ClassVar[str] = "model.embed_tokens.weight"
     head_hf: ClassVar[str] = "lm_head.weight"
     score_hf: ClassVar[str] = "score"
+    token_hf: ClassVar[str] = "score"
     prefix: ClassVar[str] = "model."
     buffers: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)
 
@@ -195,7 +196,9 @@ class Decoder(Transformer):
             )
         if kind == "sequence_classification":
             return PooledHead(n, self.score_hf, c.initializer_range)
-        return ScoreHead(n, self.score_hf, c.initializer_range, use_bias=kind == "token_classification")
+        if kind == "value":
+            return ScoreHead(n, self.score_hf, c.initializer_range, use_bias=False)
+        return ScoreHead(n, "qa_outputs" if kind == "question_answering" else self.token_hf, c.initializer_range)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` columns (prompt, soft prompt and answer together)."""

@@ -64,6 +64,25 @@ FAMILIES = {
         {"head_dim": 8, "sliding_window": 3, "num_key_value_heads": 1, "vocab_size": 101, "tie_word_embeddings": True},
     ]),
 }  # fmt: skip
+FAMILIES |= {
+    "GPT2": ("GPT2Config", [
+        {}, {"n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False, "vocab_size": 101},
+        {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_head": 2},
+    ]),
+    "GPTNeoX": ("GPTNeoXConfig", [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+        {"use_parallel_residual": False, "hidden_act": "gelu_new", "tie_word_embeddings": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 1.0}},
+        {"attention_bias": False, "vocab_size": 101, "intermediate_size": 40,
+         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ]),
+}  # fmt: skip
+OWN_SIZES = {
+    "GPT2": dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=1, eos_token_id=None,
+                 attn_implementation="eager"),
+    "GPTNeoX": {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "rms_norm_eps")},
+}  # fmt: skip
+LM_CLASS = {"GPT2": "GPT2LMHeadModel"}
 CASES = [(f, i) for f in FAMILIES for i in range(3)]
 
 
@@ -72,11 +91,13 @@ def torch_decoder(folder, family, changes, seed=0):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     config, _ = FAMILIES[family]
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, config)(**(SIZES | changes))).eval()
+    cls = getattr(transformers, LM_CLASS.get(family, f"{family}ForCausalLM"))
+    model = cls(getattr(transformers, config)(**(OWN_SIZES.get(family, SIZES) | changes))).eval()
     plus_one = family.startswith("Gemma")
     with torch.no_grad():
         for name, p in model.named_parameters():
-            centre = 1.0 if "norm" in name and not plus_one else 0.0
+            is_norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
+            centre = 1.0 if is_norm and not plus_one else 0.0
             p.copy_(torch.randn_like(p) * 0.2 + centre)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
@@ -103,6 +124,7 @@ def test_logits_gradients_and_round_trip(tmp_path, family, case):
     value, grads = jax.jit(jax.value_and_grad(ours))(params)
     assert float(value) == pytest.approx(float(loss.detach()), rel=1e-5)
     named = dict(theirs.named_parameters())
+    named["embed_out.weight"] = theirs.get_output_embeddings().weight  # GPT-NeoX calls its head so in the file only
     noise = 1e-6 * max(float(p.grad.abs().max()) for p in named.values())
     for name, g in hf.to_file_tensors(model.table, grads):
         want = named[name].grad.numpy()
@@ -181,4 +203,36 @@ def test_what_is_not_implemented_is_refused(tmp_path, family, setting, text):
         config["rope_theta"] = 1e4
     path.write_text(json.dumps(config))
     with pytest.raises(DataError, match=text):
+        hf.load(str(tmp_path))
+
+
+def test_an_old_gpt2_checkpoint(tmp_path):
+    """Without the prefix, with the mask buffers of old files."""
+    from safetensors.numpy import load_file, save_file
+
+    torch_decoder(tmp_path, "GPT2", {})
+    want = hf.load(str(tmp_path))[1]
+    path = tmp_path / "model.safetensors"
+    old = {k.removeprefix("transformer."): v for k, v in load_file(path).items() if k != "lm_head.weight"}
+    old |= {f"h.{i}.attn.bias": np.ones((1, 1, 96, 96), np.uint8) for i in range(3)}
+    old |= {f"h.{i}.attn.masked_bias": np.float32([-1e4]) for i in range(3)}
+    save_file(old, path)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(str(tmp_path))[1], want)
+
+
+def test_an_old_pythia_config(tmp_path):
+    """`rotary_pct` and `rotary_emb_base` instead of rope_parameters; neither may be missing."""
+    import json
+
+    theirs = torch_decoder(tmp_path, "GPTNeoX", FAMILIES["GPTNeoX"][1][0])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    old = config | {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
+    path.write_text(json.dumps(old))
+    model, params = hf.load(str(tmp_path))
+    ids, mask = rows(97)
+    assert apart(our_logits(model, params, ids, mask), torch_logits(theirs, ids, mask), mask) < 1e-4
+    path.write_text(json.dumps({k: v for k, v in old.items() if k != "rotary_pct"}))
+    with pytest.raises(DataError, match="rotary_pct"):
         hf.load(str(tmp_path))
