@@ -205,7 +205,7 @@ def test_training_all_or_parts_on_digits(part, family, digits):
     method = {"all": Full(), "last block": only(last), "head": only()}[part]
     model = KNOWN[family](head=ImageClassification().head(digits.labels))
     base = cut(tiny.weights(model), {"layers": [3]})
-    optim = config.Optim(lr=5e-3, schedule="constant")
+    optim = config.Optim(lr=3e-2 if part == "head" else 5e-3, schedule="constant")
     t = tiny.tiny(method, ImageClassification(), model=model, base=base, optim=optim)
     step, state = jax.jit(t.program.train), t.state
     losses = []
@@ -471,6 +471,8 @@ def test_digits_are_split_once_and_for_all(digits):
     assert len(digits.train) + len(digits.eval) == 1797 and 300 < len(digits.eval) < 420
     assert digits.labels == tuple("0123456789") and digits.train.images.shape[1:] == (3, 16, 16)
     assert not digits.warnings, "the same picture on both sides"
-    again = prepare(Digits(size=16), Loader(), None, layout=layout_of(ImageClassification()), use_cache=False)
+    again = prepare(
+        Digits(size=9, channels=1), Loader(), None, layout=layout_of(ImageClassification()), use_cache=False
+    )
     assert again.eval.origins == digits.eval.origins
     assert digits.train.images.min() >= 0 and digits.train.images.max() <= 1

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from ftjax.data.images import Picture, Recipe, normalisation_of, resize
-from ftjax.data.rows import BadRows, Row, held_out_split
+from ftjax.data.rows import BadRows, Row, share_of
 from ftjax.data.task import Prompt, Split
 from ftjax.errors import DataError
 from ftjax.registry import register
@@ -64,11 +64,13 @@ class Digits(Component):
         recipe, (pixels, labels) = Recipe(mean, std, self.padding, self.flip), _digits()
         images = np.clip(resize(pixels / np.float32(_BRIGHTEST), self.size), 0, 1)[:, None]
         images = np.repeat(images, self.channels, axis=1)
-        rows = [
-            Row({"image": Picture(x, recipe), "label": int(y)}, f"digits:{i}")
-            for i, (x, y) in enumerate(zip(images, labels, strict=True))
+        # By the raw pictures: what is held out at one size is held out at every size.
+        held_out = [share_of(str(Picture(x))) < self.eval_share for x in pixels]
+        return [
+            Row({"image": Picture(image, recipe), "label": int(label)}, f"digits:{i}")
+            for i, (image, label) in enumerate(zip(images, labels, strict=True))
+            if held_out[i] == (split == "eval")
         ]
-        return held_out_split(rows, self.eval_share)[split == "eval"]
 
     def prompts(self, n: int) -> list[Prompt]:
         """None: nothing is generated."""
