@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ftjax.generate.api import generate as _generate
+from ftjax.headspec import HeadSpec
 from ftjax.models import hf
 from ftjax.models.base import Model
 from ftjax.models.transformer import Decoder
@@ -19,28 +20,36 @@ from ftjax.peft.interop import head_of, load_adapter
 
 
 def load_pretrained(
-    path_or_id: str | Path, dtype: str = "float32", adapter: str | Path | None = None
+    path_or_id: str | Path,
+    dtype: str = "float32",
+    adapter: str | Path | None = None,
+    *,
+    head: HeadSpec | None = None,
+    seed: int = 0,
 ) -> tuple[Model, Store]:
     """Loads a model folder or hub id, optionally with an adapter laid over it.
 
     Args:
       path_or_id: local folder in Hugging Face layout (config.json, safetensors), or a hub id.
       dtype: of parameters and computation, "float32" or "bfloat16".
-      adapter: folder in Hugging Face PEFT format.
+      adapter: folder in Hugging Face PEFT format; a head that it brings along is put in place.
+      head: what stands on top, e.g. ``HeadSpec("sequence_classification", ("no", "yes"))``; by default what the folder's
+        config names.
+      seed: of a head that the files do not have; a warning says so.
 
     Returns:
       (model, params): ``model.apply(params, {"input_ids": [B, T], "attention_mask": [B, T]}).logits``.
 
     Raises:
       DataError: files are missing, damaged or do not fit; nothing is loaded in part.
+      ConfigError: the family has no such head.
     """
     if adapter is None:
-        return hf.load(str(path_or_id), dtype=dtype)
-    brought = head_of(adapter)
+        return hf.load(str(path_or_id), dtype=dtype, head=head, seed=seed)
+    brought = head or head_of(adapter)
     # A head that the adapter brings replaces the one drawn here, so there is nothing to tell of it.
-    model, params = hf.load(
-        str(path_or_id), dtype=dtype, head=brought, say=(lambda _: None) if brought else warnings.warn
-    )
+    say = (lambda _: None) if brought else warnings.warn
+    model, params = hf.load(str(path_or_id), dtype=dtype, head=brought, seed=seed, say=say)
     file = load_adapter(adapter, model.table, params, base_path=str(path_or_id))
     params |= {k: jnp.asarray(v, params[k].dtype) for k, v in file.saved.items()}
     return model, peft.bind(cut(params, bounds(file.overlay)), file.overlay)

@@ -288,7 +288,9 @@ class _Loading:
         return name.startswith(self.model.prefix) and ".pooler." not in name
 
     def absent(self, key: str) -> Any:
-        """A new head's values, from the seed; None for everything else."""
+        """A new task head's values, from the seed; None for everything else: a head of the vocabulary is never made up."""
+        if self.model.head.is_vocabulary:
+            return None
         if not (self.other_head or self.bare) or key.split("/")[0] not in ("head", "pooler"):
             return None
         self.made.append(key)
