@@ -119,6 +119,10 @@ def merge(params: Mapping[str, Any], table: Table) -> Store:
         else value
         for key, value in params.items()
     }
+    for key, value in params.items():
+        bias = key.removesuffix("/w") + "/b"
+        if isinstance(value, Adapted) and hasattr(value.delta, "merge_bias") and bias in folded:
+            folded[bias] = value.delta.merge_bias(folded[bias].astype("float32")).astype(folded[bias].dtype)
     return join(folded)
 
 

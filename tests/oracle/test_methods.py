@@ -1,0 +1,126 @@
+"""Weight-level methods against PEFT: random adapters exported here and opened there, made there and opened here, gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from ftjax import api, registry  # noqa: E402
+from ftjax.models import hf  # noqa: E402
+from ftjax.params import bounds, cut  # noqa: E402
+from ftjax.peft.base import bind, merge  # noqa: E402
+from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
+from ftjax.peft.modules import per_module  # noqa: E402
+from tests.oracle import apart, our_logits, rows, torch_llama, torch_logits  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+# our method with its settings -> PEFT's configuration of the same
+METHODS = {
+    "dora": (
+        dict(rank=4, alpha=8.0, targets=tuple(TARGETS)),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS),
+    ),
+    "ia3": (
+        dict(targets=("k_proj", "v_proj"), inputs=("down_proj",)),
+        lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+    "loha": (
+        dict(rank=3, alpha=6.0, targets=tuple(TARGETS)),
+        lambda: peft.LoHaConfig(r=3, alpha=6, target_modules=TARGETS),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch_llama(folder, num_hidden_layers=3, attention_bias=True)
+    return folder, *hf.load(str(folder))
+
+
+def theirs_of(folder, adapter):
+    raw = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return peft.PeftModel.from_pretrained(raw, adapter).eval()
+
+
+def drawn(method, model, params, seed=0):
+    """The method's overlay with every trained leaf moved at random."""
+    overlay = method.init(jax.random.key(seed), model.table, params)
+    trained = set(type(method).trained) if hasattr(type(method), "trained") else {"a", "b", "m"}
+    keys = iter(jax.random.split(jax.random.key(9), 1000))
+
+    def one(path, x):
+        name = path[-1].name
+        return x + 0.2 * jax.random.normal(next(keys), x.shape) if name in trained else x
+
+    return jax.tree_util.tree_map_with_path(one, overlay)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_exported_here_opened_there(base, tmp_path, name):
+    folder, model, params = base
+    method = registry.get("peft", name)(**METHODS[name][0])
+    overlay = drawn(method, model, params)
+    save_adapter(tmp_path, overlay, model.table, method, base_path=str(folder))
+    ids, mask = rows(97)
+    bound = bind(cut(params, bounds(overlay)), overlay)
+    ours, want = our_logits(model, bound, ids, mask), torch_logits(theirs_of(folder, tmp_path), ids, mask)
+    assert apart(ours, want, mask) <= 1e-5 * np.abs(want).max()
+    assert apart(want, torch_logits(transformers.AutoModelForCausalLM.from_pretrained(folder), ids, mask), mask) > 1e-3
+    if type(method).mergeable:
+        folded = our_logits(model, merge(bound, model.table), ids, mask)
+        assert apart(folded, ours, mask) <= 2e-5 * np.abs(want).max()
+    file = load_adapter(tmp_path, model.table, params)
+    assert type(file.method) is type(method)
+    jax.tree.map(np.testing.assert_array_equal, file.overlay, overlay)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_made_there_opened_here_with_gradients(base, tmp_path, name):
+    folder, model, params = base
+    torch.manual_seed(0)
+    raw = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    theirs = peft.get_peft_model(raw, METHODS[name][1]())
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    ids, mask = rows(97)
+    opened, bound = api.load_pretrained(folder, adapter=tmp_path)
+    want = torch_logits(theirs.eval(), ids, mask)
+    assert apart(our_logits(opened, bound, ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
+
+    direction = np.random.default_rng(0).normal(size=want.shape).astype(np.float32) * mask[..., None]
+    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    out = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions)
+    (out.logits * torch.tensor(direction)).sum().backward()
+    file = load_adapter(tmp_path, model.table, params)
+    inputs = {"input_ids": jnp.asarray(ids, jnp.int32), "attention_mask": jnp.asarray(mask, jnp.int32)}
+
+    def loss(overlay):
+        return (model.apply(bind(cut(params, bounds(overlay)), overlay), inputs).logits * direction).sum()
+
+    grads = jax.jit(jax.grad(loss))(file.overlay)
+    codec = type(file.method).hf_codec
+    ours = {
+        f"{module}.{array}": value
+        for module, (_, entry) in per_module(grads, model.table).items()
+        for array, value in codec.arrays(entry).items()
+    }
+    named = {n.replace("base_model.model.", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    seen = 0
+    for full, grad in named.items():
+        key = full.replace(".default", "").removesuffix(".weight")
+        mine = next(v for k, v in ours.items() if k.removesuffix(".weight") == key)
+        scale = float(grad.abs().max())
+        assert np.abs(mine - grad.numpy()).max() <= 1e-3 * scale + 1e-6, full
+        seen += 1
+    assert seen == len(ours)
