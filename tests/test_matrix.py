@@ -30,7 +30,12 @@ from ftjax.train.state import whole
 from tests import tiny, tinymodels
 
 # What a component needs beyond its defaults to run on a tiny model; a new one that needs nothing needs no entry.
-SMALL = {"lora": {"rank": 4, "dropout": 0.1}}
+SMALL = {
+    "lora": {"rank": 4, "dropout": 0.1},
+    "dora": {"rank": 4},
+    "loha": {"rank": 4},
+    "lokr": {"rank": 2},
+}
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")
 # Trained leaves without a gradient, and why.
@@ -57,20 +62,19 @@ def impossible(cell: Cell) -> str:
     wanted, had = registry.get("objective", cell.objective).heads, registry.get("family", cell.family).heads
     if not head_kind(cell):
         return f"{cell.objective} needs a head {' or '.join(wanted)}; {cell.family} has {', '.join(had)}"
-    return without_matrices(cell.peft, cell.family)
+    return refused(cell.peft, cell.family)
 
 
 @functools.cache
-def without_matrices(peft: str, family: str) -> str:
-    """Why a method cannot be on a model of convolutions alone; empty: it can, or the model has matrices."""
-    table = MODELS[family]().table
-    if any(s.kind == "kernel" and not k.startswith("head/") for k, s in table.items()):
-        return ""
-    specs = {k: jax.ShapeDtypeStruct(s.shape, jnp.float32) for k, s in table.items() if s.kind != "site"}
+def refused(peft: str, family: str) -> str:
+    """Why a method itself refuses a model (no such weights, no biases); empty: it can."""
+    table, method = MODELS[family]().table, registry.get("peft", peft)(**SMALL.get(peft, {}))
     try:
-        registry.get("peft", peft)(**SMALL.get(peft, {})).init(jax.random.key(0), table, specs)
+        method.labels(table)
+        if hasattr(method, "keys"):
+            method.keys(table)
     except ConfigError as error:
-        return str(error).splitlines()[-1].strip()
+        return f"{family}: {str(error).splitlines()[-1].strip()}"
     return ""
 
 

@@ -20,7 +20,7 @@ from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
 from ftjax.models.llama import Llama, LlamaConfig, Rope
 from ftjax.objectives.causal_lm import CausalLM
-from ftjax.peft.base import with_head
+from ftjax.peft.base import cut_for, with_head
 from ftjax.peft.lora import LoRA
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
@@ -162,7 +162,7 @@ def tiny(
     peft, objective, model = peft or LoRA(rank=4), objective or CausalLM(), model or llama()
     base = weights(model) if base is None else base
     overlay = peft.init(params.key_of(jax.random.key(seed), "peft"), model.table, base)
-    base = params.cut(base, params.bounds(overlay))
+    base = cut_for(base, overlay, peft, model.table)
     parts = partition(base, overlay, model.table, with_head(peft.labels(model.table), model.always_trained))
     optim = optim or config.Optim(lr=1e-2, weight_decay=0.01)
     run: Any = SimpleNamespace(optim=optim, train=config.Train(steps=steps), objective=objective)

@@ -50,6 +50,14 @@ def with_head(rules: Rules, patterns: Sequence[str]) -> Rules:
     return [*((f"base/{p}", "head") for p in patterns), *rules]
 
 
+def cut_for(base: Store, overlay: Overlay, method: Any, table: Table) -> Store:
+    """The base cut where its overlay is cut and where the method tells layers apart (outside jit, once)."""
+    at = bounds(overlay)
+    for stack, borders in (method.borders(table) if hasattr(method, "borders") else {}).items():
+        at.setdefault(stack, set()).update(borders)
+    return cut(base, at)
+
+
 def bind(base: Mapping[str, Any], overlay: Mapping[str, Any], rng: jax.Array | None = None) -> Store:
     """The parameters a model sees: the base with its overlay in place.
 

@@ -31,6 +31,10 @@ METHODS = {
         dict(targets=("k_proj", "v_proj"), inputs=("down_proj",)),
         lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     ),
+    "lokr": (
+        dict(rank=2, alpha=6.0, targets=tuple(TARGETS)),
+        lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
+    ),
     "loha": (
         dict(rank=3, alpha=6.0, targets=tuple(TARGETS)),
         lambda: peft.LoHaConfig(r=3, alpha=6, target_modules=TARGETS),
