@@ -27,7 +27,7 @@ from ftjax.data.tokenizer import check_vocab, load_tokenizer
 from ftjax.models.base import Numerics
 from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
-from ftjax.peft.base import Overlay, with_head
+from ftjax.peft.base import Overlay, cut_for, with_head
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
@@ -135,7 +135,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     )  # fmt: skip
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
-    base = params.cut(base, params.bounds(overlay))
+    base = cut_for(base, overlay, run.peft, model.table)
     parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.always_trained))
     store = {"base": base, "overlay": overlay}
     placement = Placement(mesh, axes_of_store(store, model.table))
