@@ -146,6 +146,8 @@ class Transformer(Model):
     def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any:
         """The batch as the first layer meets it: tokens embedded, a soft prompt's columns in front. `p` is nested."""
         seq = sequence(inputs, first=first, positions=self.positions(inputs))
+        # Virtual tokens (a prompt's, a prefix's) come first: the tokens' positions begin behind them.
+        seq = dc.replace(seq, positions=seq.positions + getattr(p.get("input", {}).get("tap"), "shift", 0))
         seq = dc.replace(seq, h=self.entrance.apply({"params": p}, inputs, seq))
         return _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
 

@@ -1,0 +1,117 @@
+"""P-tuning: virtual tokens made by a small network (Liu et al. 2021, arXiv:2103.10385).
+
+tokens = W3 relu(W2 relu(W1 E + b1) + b2) + b3,   E [n, D] learned
+
+    peft=PTuning(tokens=16, hidden=128)
+
+Only what the network makes is exported, as PEFT does. The LSTM encoder of the paper is not built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from pydantic import Field
+
+from ftjax.params import ParamSpec, Store, Table, key_of
+from ftjax.peft.base import FROZEN, Overlay
+from ftjax.peft.soft import SITE, SoftCodec, in_front, width
+from ftjax.registry import register
+from ftjax.schema import Component
+from ftjax.tree import Rules
+
+
+@struct.dataclass
+class EncodedTap:
+    """Inputs `e` [n, D] and the network: w1 [D, hidden], w2 [hidden, hidden], w3 [hidden, D], biases."""
+
+    e: jax.Array
+    w1: jax.Array
+    b1: jax.Array
+    w2: jax.Array
+    b2: jax.Array
+    w3: jax.Array
+    b3: jax.Array
+
+    @property
+    def shift(self) -> int:
+        """By how much the tokens' positions are moved on."""
+        return self.e.shape[0]
+
+    def tokens(self) -> jax.Array:
+        """The virtual tokens [n, D]."""
+        h = jax.nn.relu(self.e @ self.w1 + self.b1)
+        return jax.nn.relu(h @ self.w2 + self.b2) @ self.w3 + self.b3
+
+    def __call__(self, seq: Any, _: Any) -> Any:
+        """The sequence with the virtual tokens in front."""
+        return in_front(seq, self.tokens())
+
+    def axes(self, spec: ParamSpec) -> dict[str, tuple[str | None, ...]]:
+        """Small: not split."""
+        return {k: (None,) * getattr(self, k).ndim for k in ("e", "w1", "b1", "w2", "b2", "w3", "b3")}
+
+
+class PTuningCodec(SoftCodec):
+    """P-tuning in PEFT's format: the tokens that the network made."""
+
+    peft_type = "P_TUNING"
+    READ = (
+        *SoftCodec.READ,
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+    )
+
+    def settings_of(self, method: PTuning) -> dict[str, Any]:
+        """See `SoftCodec`."""
+        return {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": method.hidden,
+                "encoder_num_layers": 2, "encoder_dropout": 0.0}  # fmt: skip
+
+    def method_of(self, config: Mapping[str, Any]) -> PTuning:
+        """See `SoftCodec`."""
+        return PTuning(tokens=config["num_virtual_tokens"], hidden=config.get("encoder_hidden_size") or 128)
+
+
+@register("peft")
+class PTuning(Component):
+    """Virtual tokens made by a network of three layers."""
+
+    mergeable: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = False
+    hf_type: ClassVar[str | None] = "P_TUNING"
+    usual_lr: ClassVar[tuple[float, float]] = (1e-4, 1e-1)
+    hf_codec: ClassVar[PTuningCodec] = PTuningCodec()
+
+    name: Literal["p_tuning"] = "p_tuning"
+    tokens: int = Field(16, gt=0, description="Number of virtual tokens.")
+    hidden: int = Field(128, gt=0, description="Width of the network.")
+
+    def labels(self, table: Table) -> Rules:
+        """All of it."""
+        width(table, self.name)
+        return [(f"overlay/{SITE}/*", "p_tuning"), ("base/*", FROZEN)]
+
+    def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
+        """E drawn with the embedding's spread, layers as torch draws them, zero biases."""
+        dim, hidden = width(table, self.name), self.hidden
+        std = jnp.std(jnp.asarray(params["embed/w"], jnp.float32))
+
+        def layer(name: str, inner: int, outer: int) -> jax.Array:
+            bound = 1 / math.sqrt(inner)
+            return jax.random.uniform(key_of(key, f"{SITE}/{name}"), (inner, outer), jnp.float32, -bound, bound)
+
+        e = std * jax.random.normal(key_of(key, f"{SITE}/e"), (self.tokens, dim), jnp.float32)
+        zeros = jnp.zeros((hidden,), jnp.float32)
+        return {
+            SITE: EncodedTap(
+                e, layer("w1", dim, hidden), zeros, layer("w2", hidden, hidden), zeros, layer("w3", hidden, dim),
+                jnp.zeros((dim,), jnp.float32),
+            )
+        }  # fmt: skip
