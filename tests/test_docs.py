@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -81,7 +82,34 @@ def matrix_page() -> str:
     return "\n".join(out) + "\n"
 
 
-@pytest.mark.parametrize("name, page", [("config", config_page), ("matrix", matrix_page)], ids=["config", "matrix"])
+def models_page() -> str:
+    """Families, the heads they have, and the tests that compare them with transformers or torch."""
+    oracles = {path.stem: path.read_text() for path in sorted((ROOT / "tests" / "oracle").glob("test_*.py"))}
+    out = [
+        "# Models",
+        "",
+        "Generated from the registry. A folder's `model_type` decides the family, its class the head; "
+        "`HeadSpec` asks for another. *compared in* names the oracle tests that mention the family.",
+        "",
+        "| model_type | what it is | heads | compared in |",
+        "|---|---|---|---|",
+    ]
+    for name, family in registry.known("family").items():
+        about = (importlib.import_module(family.__module__).__doc__ or "").splitlines()[0].rstrip(".")
+        words = {
+            name,
+            *(c for c in family.heads.values() if c),
+            *(c.split("For")[0] for c in family.heads.values() if c),
+        }
+        found = [stem for stem, text in oracles.items() if any(re.search(rf"\b{re.escape(w)}\b", text) for w in words)]
+        out.append(f"| `{name}` | {about} | {', '.join(family.heads)} | {', '.join(found)} |")
+    return "\n".join(out) + "\n"
+
+
+PAGES = {"config": config_page, "matrix": matrix_page, "models": models_page}
+
+
+@pytest.mark.parametrize("name, page", PAGES.items(), ids=list(PAGES))
 def test_generated_page(name, page):
     path = ROOT / "docs" / f"{name}.md"
     if os.environ.get("FTJAX_UPDATE_GOLDEN"):
