@@ -85,6 +85,7 @@ class LlamaConfig(FamilyConfig):
     activation_key: ClassVar[str] = "hidden_act"
     tied_unless_said: ClassVar[bool] = False
     """What a file without ``tie_word_embeddings`` means."""
+    rotates_in_part: ClassVar[bool] = False
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Fields that this family's file does not have."""
 
@@ -103,7 +104,10 @@ class LlamaConfig(FamilyConfig):
     @classmethod
     def read_rope(cls, c: HFConfig) -> Rope:
         """Reads the rotary settings."""
-        return read_rope(c)
+        rope = read_rope(c)
+        if rope.partial != 1.0 and not cls.rotates_in_part:
+            raise c.wrong("rope_scaling.partial_rotary_factor", rope.partial, "no such setting in this family")
+        return rope
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:

@@ -23,6 +23,7 @@ class Phi3Config(LlamaConfig):
     original_max_position_embeddings: int | None = None
 
     model_type: ClassVar[str] = "phi3"
+    rotates_in_part: ClassVar[bool] = True
     unwritten: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias", "head_dim")
 
     @classmethod

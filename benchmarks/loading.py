@@ -1,0 +1,112 @@
+"""Loading a checkpoint in shards: wall time and peak host memory here and in transformers' `from_pretrained`, side by side.
+
+    python benchmarks/loading.py                            # a 1.2 GB Llama in 4 shards, made in a temporary folder
+    python benchmarks/loading.py --layers 2 --repeats 2     # small
+
+Each load is a process of its own; they take turns. The peak is the process's own (VmHWM) less what it was after its imports.
+Linux only; needs the `oracle` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+LOADERS = {
+    "transformers": """
+import torch, transformers
+torch.set_num_threads(2)
+transformers.LlamaForCausalLM
+before = memory()
+start = time.perf_counter()
+model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+total = float(sum(p.double().sum() for p in model.parameters()))
+""",
+    "ftjax": """
+import jax, jax.numpy as jnp
+import ftjax
+jax.block_until_ready(jnp.zeros(3))
+before = memory()
+start = time.perf_counter()
+model, params = ftjax.load_pretrained(folder)
+jax.block_until_ready(params)
+total = 0.0
+""",
+}
+PROGRAM = """
+import json, sys, time
+folder = sys.argv[1]
+def memory(name="VmRSS"):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 1024
+{body}
+print(json.dumps({{"seconds": time.perf_counter() - start, "before": before, "peak": memory("VmHWM")}}))
+"""
+
+
+def make(folder: Path, layers: int) -> float:
+    """A Llama of random float32 weights in four shards; its size in GB."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16000, hidden_size=1536, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // 4 + 70_000_000)
+    return size / 1e9
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent), "TOKENIZERS_PARALLELISM": "false"}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        size = make(folder, args.layers)
+        shards = len(list(folder.glob("*.safetensors")))
+        for turn in range(args.repeats):
+            for name in list(LOADERS) if turn % 2 == 0 else list(LOADERS)[::-1]:
+                command = [sys.executable, "-c", PROGRAM.format(body=LOADERS[name]), str(folder)]
+                out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+                results[name].append(json.loads(out.strip().splitlines()[-1]))
+    rows = {
+        name: (
+            min(r["seconds"] for r in runs), statistics.median(r["seconds"] for r in runs),
+            statistics.median(r["peak"] - r["before"] for r in runs),
+        )
+        for name, runs in results.items()
+    }  # fmt: skip
+    base = rows["transformers"]
+    text = "# Loading a checkpoint\n\n"
+    text += f"A Llama of {size:.2f} GB, float32, {shards} shards; the file cache is warm.\n\n"
+    text += "| | seconds best | median | ratio (medians) | peak MiB beyond the imports | ratio |\n|---|---|---|---|---|---|\n"
+    for name, (best, median, peak) in rows.items():
+        text += f"| {name} | {best:.2f} | {median:.2f} | {median / base[1]:.2f} | {peak:.0f} | {peak / base[2]:.2f} |\n"
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "torch", "transformers", "safetensors"))
+    text += f"\n    python {' '.join(['benchmarks/loading.py', *sys.argv[1:]])}\n\n"
+    text += f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}.\n"
+    print(text)
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
