@@ -52,7 +52,14 @@ def fixed_environment(monkeypatch):
 
 
 def begin(path, config=None, allow=(), said=None):
-    return RunFolder(path, message=(said if said is not None else []).append).begin(config or Config(), allow=allow)
+    start = RunFolder(path, message=(said if said is not None else []).append).begin(config or Config(), allow=allow)
+    measured(path)
+    return start
+
+
+def measured(path):
+    """The folder as it is once something was measured: from then on it belongs to this run."""
+    (path / "metrics.jsonl").write_text('{"event": "eval", "step": 0}\n')
 
 
 def files(path) -> dict[str, str]:
@@ -73,6 +80,11 @@ def test_first_start_and_resume(tmp_path):
             "tb",
         ]
     assert Config.model_validate_json(folder.config.read_text()) == Config(seed=3)
+    # nothing was measured yet: what is mended now is this run, and nobody is asked
+    with folder.begin(Config(seed=4)) as start:
+        assert not start.resumed
+    with folder.begin(Config(seed=3)):
+        measured(path)
     before = folder.config.read_text()
     said: list[str] = []
     with begin(path, Config(seed=3), said=said) as start:

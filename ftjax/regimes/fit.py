@@ -6,6 +6,7 @@ compilation, progress, held-out numbers before and after, samples side by side, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import itertools
 import os
@@ -120,9 +121,12 @@ class _Job:
         run, setup = self.setup.run, self.setup
         log = MetricLog(self.folder.path, message=self.console.warn)
         keep = run.checkpoint
-        with Checkpoints(
-            self.folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, message=self.console.warn
-        ) as checkpoints:
+        with (
+            contextlib.closing(log),
+            Checkpoints(
+                self.folder.checkpoints, keep=keep.keep, keep_best=keep.keep_best, message=self.console.warn
+            ) as checkpoints,
+        ):
             self.log, self.checkpoints = log, checkpoints
             self.evaluator = Evaluator(setup, self.console.compiling)
             restored = checkpoints.restore(setup.state)
@@ -133,7 +137,6 @@ class _Job:
             state = self._train(state, start, restored)
             checkpoints.wait()
             self._finish(state, before)
-        log.close()
 
     # Resuming ----------------------------------------------------------------------------------------------------------
 

@@ -95,7 +95,8 @@ class RunFolder:
         self._lock.release()
 
     def _begin(self, config: dict, allow: tuple[str, ...]) -> Start:
-        resumed = self.config.exists()
+        # Whatever stopped a run before its first step (a mistyped path, say) can be mended and started again.
+        resumed = self.config.exists() and self._has_results()
         changes = self._compare(config, allow) if resumed else ()
         if changes:
             self._keep_old_config()
@@ -104,6 +105,12 @@ class RunFolder:
         for folder in (self.tensorboard, self.checkpoints):
             folder.mkdir(exist_ok=True)
         return Start(self, resumed, changes, self._compare_environment())
+
+    def _has_results(self) -> bool:
+        """Whether anything was measured, trained or saved here, so that another config would mix two runs."""
+        if self.metrics.exists() and self.metrics.stat().st_size:
+            return True
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def _refuse_foreign(self) -> None:
         """The config is written first, so a folder with anything but a lock in it and no config is not ours."""
