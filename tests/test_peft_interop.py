@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from ftjax import registry
 from ftjax.errors import ConfigError, DataError
+from ftjax.headspec import HeadSpec
 from ftjax.peft.full import Full
-from ftjax.peft.interop import load_adapter, save_adapter
+from ftjax.peft.interop import head_of, load_adapter, save_adapter
 from ftjax.peft.lora import LoRA
 from ftjax.peft.modules import ModuleCodec
 from ftjax.schema import Component
@@ -241,7 +242,7 @@ def test_pickles_are_not_opened(tmp_path, params):
 # What is refused: settings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["LORRA", None, "PREFIX_TUNING", 3])
+@pytest.mark.parametrize("value", ["LORRA", None, "BOFT", 3])
 def test_unknown_type(tmp_path, params, value):
     saved(tmp_path, peft_type=value)
     text = message(tmp_path, params)
@@ -253,11 +254,9 @@ def test_unknown_type(tmp_path, params, value):
 @pytest.mark.parametrize(
     "changes, line",
     [
-        ({"use_dora": True}, "use_dora=True  is not supported"),
         ({"lora_bias": True}, "lora_bias=True  is not supported"),
         ({"bias": "lora_only"}, "bias='lora_only'  is not supported; supported: 'none'"),
         ({"bias": "all"}, "bias='all'  is not supported; supported: 'none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']  is not supported"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=[1, 2]  is not supported"),
         ({"trainable_token_indices": [5]}, "trainable_token_indices=[5]  is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]]  is not supported"),
@@ -439,3 +438,26 @@ def test_methods_may_share_a_type(tmp_path, params):
         assert isinstance(load_adapter(tmp_path, MODEL.table, params).method, LoRA)
         saved(tmp_path, use_dora=True, bias="all")
         assert "bias='all'" in message(tmp_path, params) and "use_dora" not in message(tmp_path, params)
+
+
+# A head beside the adapter -----------------------------------------------------------------------------------------------
+
+
+def test_a_head_travels_with_the_adapter(tmp_path):
+    model = llama(head=HeadSpec("sequence_classification", ("a", "b", "c")))
+    params = weights(model)
+    method = LoRA(rank=2, targets=("q",))
+    overlay = method.init(jax.random.key(0), model.table, params)
+    trained = {"head/w": np.asarray(params["head/w"]) + 1}
+    save_adapter(tmp_path, overlay, model.table, method, base_path="", task_type="SEQ_CLS", saved=trained)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["score"] and config["task_type"] == "SEQ_CLS"
+    assert head_of(tmp_path) == HeadSpec("sequence_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    file = load_adapter(tmp_path, model.table, params)
+    np.testing.assert_array_equal(file.saved["head/w"], trained["head/w"])
+    same(file.overlay, overlay)
+    with pytest.raises(DataError, match="modules_to_save=.score. +the model has no such module"):
+        load_adapter(tmp_path, MODEL.table, weights(MODEL))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["score", "model.norm"]}))
+    with pytest.raises(DataError, match=r"model.norm.weight +missing, expected \[32\]"):
+        load_adapter(tmp_path, model.table, params)

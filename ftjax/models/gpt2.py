@@ -106,7 +106,7 @@ class GPT2Config(FamilyConfig):
 
 
 class GPT2Entrance(nn.Module):
-    """Tokens and positions, added."""
+    """Tokens and positions, added; NaN at places for which no position was learned."""
 
     config: GPT2Config
     dtype: Any
@@ -118,7 +118,10 @@ class GPT2Entrance(nn.Module):
         places = Embedding(
             c.max_position_embeddings, D, "transformer.wpe.weight", std, self.dtype, (None, "embed"), name="positions"
         )
-        return tokens(inputs["input_ids"]) + places(seq.positions)
+        h = tokens(inputs["input_ids"]) + places(seq.positions)
+        # The gather would take the last row for every place beyond the table: let it be seen instead.
+        beyond = seq.positions >= c.max_position_embeddings
+        return jnp.where(beyond[..., None], jnp.asarray(jnp.nan, self.dtype), h)
 
 
 class GPT2Block(nn.Module):

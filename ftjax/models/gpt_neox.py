@@ -2,7 +2,8 @@
 
 h = h + Wo attention(Wqkv norm1(h)) + W2 act(W1 norm2(h))          (one after the other without `use_parallel_residual`)
 
-Queries, keys and values stand head by head in one matrix, which stays whole.
+Queries, keys and values stand head by head in one matrix, which stays whole. The dropout of the base model is not applied
+while fine-tuning.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class GPTNeoXConfig(FamilyConfig):
     eos_token_id: tuple[int, ...]
     pad_token_id: int | None
 
+    # Rates of dropout, under their present and their first names.
+    _UNUSED: ClassVar = ("hidden_dropout", "classifier_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
     @property
     def num_key_value_heads(self) -> int:
         """As many as heads."""
@@ -64,7 +68,7 @@ class GPTNeoXConfig(FamilyConfig):
         )  # fmt: skip
         if "rotary_pct" not in config and "partial_rotary_factor" not in c.mapping("rope_parameters"):
             raise c.missing("rotary_pct")
-        for unused in ("hidden_dropout", "classifier_dropout"):
+        for unused in cls._UNUSED:
             c.raw(unused)
         read = cls(
             vocab_size=c.int("vocab_size"),

@@ -340,7 +340,7 @@ def to_file_tensors(table: Table, params: Store) -> Iterator[tuple[str, np.ndarr
       ConfigError: the store holds adapters or taps, which a plain model folder cannot express.
     """
     params = join(params)
-    foreign = [k for k, v in params.items() if k not in table or isinstance(v, Weight)]
+    foreign = [k for k, v in params.items() if k not in table or table[k].kind == "site" or isinstance(v, Weight)]
     if foreign:
         raise ConfigError(
             f"the parameters hold adapters ({foreign[0]} ...): call ftjax.merge first, or save the adapter"

@@ -10,7 +10,7 @@ from ftjax.errors import DataError
 
 _HARMLESS = {
     "_name_or_path", "architectures", "attention_dropout", "auto_map", "dtype", "model_type", "torch_dtype",
-    "transformers_version", "use_cache", "pretraining_tp", "id2label", "label2id", "num_labels", "problem_type",
+    "transformers_version", "use_cache", "pretraining_tp", "id2label", "label2id", "num_labels", "_num_labels", "problem_type",
     "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder", "is_decoder", "torchscript",
     "chunk_size_feed_forward", "add_cross_attention", "tie_encoder_decoder", "finetuning_task", "task_specific_params",
     "tokenizer_class", "prefix", "sep_token_id", "cross_attention_hidden_size", "tf_legacy_loss", "pruned_heads",

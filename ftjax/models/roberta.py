@@ -50,6 +50,11 @@ class Roberta(Bert):
         return 1 if self.config.pad_token_id is None else self.config.pad_token_id
 
     @property
+    def places(self) -> int:
+        """The rows behind the padding's."""
+        return self.config.max_position_embeddings - self.padding - 1
+
+    @property
     def entrance(self) -> nn.Module:
         """Words, positions from padding + 1 on, types."""
         return BertEntrance(self.config, self.names, self.dtype, self.padding + 1)

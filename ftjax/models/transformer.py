@@ -90,6 +90,12 @@ class Transformer(Model):
         """``(h, seq, embedding table) -> (hidden, Head)``."""
         raise NotImplementedError
 
+    @property
+    def places(self) -> int | None:
+        """For how many tokens positions were learned; None where positions are computed."""
+        learned = self.table.get("positions/w")
+        return learned.shape[0] if learned else None
+
     @cached_property
     def table(self) -> Table:
         """Every parameter and site, by path."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ftjax.errors import ConfigError
 from ftjax.models.base import Model
 from ftjax.ops import Weight
-from ftjax.params import Store
+from ftjax.params import Store, join
 
 
 def resize_vocabulary(model: Model, params: Store, size: int) -> tuple[Model, Store]:
@@ -24,11 +24,12 @@ def resize_vocabulary(model: Model, params: Store, size: int) -> tuple[Model, St
 
     Args:
       model: any language model or classifier over tokens.
-      params: plain weights; merge adapters first.
+      params: plain weights, their stacks cut or not; merge adapters first.
       size: number of tokens, at least as many as now.
 
     Returns:
-      (model, params): logits of the old tokens are unchanged.
+      (model, params): logits of the old tokens are unchanged; stacks are whole. `model.config.vocab_size` is `size`, and
+      everything but the embedding and the vocabulary head (with its bias) is the array that was given.
 
     Raises:
       ConfigError: fewer tokens than now, no vocabulary, or adapters in `params`.
@@ -38,22 +39,21 @@ def resize_vocabulary(model: Model, params: Store, size: int) -> tuple[Model, St
         raise ConfigError(f"{model.family} has no vocabulary")
     if size < old:
         raise ConfigError(f"the model has {old} tokens; making it {size} would drop some, which is not done")
+    table, params = model.table, join(params)
+    foreign = [k for k, v in params.items() if k not in table or table[k].kind == "site" or isinstance(v, Weight)]
+    if foreign:
+        raise ConfigError(f"{foreign[0]} carries an adapter: call ftjax.merge first, or resize before it is bound")
     larger = dc.replace(model, config=dc.replace(model.config, vocab_size=size))
     grown: Store = {}
-    for key, spec in model.table.items():
-        if spec.kind == "site":
-            continue
-        value = params[key]
+    for key, value in params.items():
         want = larger.table[key].shape
-        if isinstance(value, Weight):
-            raise ConfigError(f"{key} carries an adapter: call ftjax.merge first")
-        grown[key] = value if want == spec.shape else _extended(value, want)
+        grown[key] = value if want == table[key].shape else _extended(value, want)
     return larger, grown
 
 
 def _extended(value: Any, shape: tuple[int, ...]) -> Any:
     """The array grown along its one longer dimension by rows that are the mean of those there."""
     axis = next(i for i, (a, b) in enumerate(zip(value.shape, shape, strict=True)) if a != b)
-    mean = jnp.mean(value.astype(jnp.float32), axis=axis, keepdims=True).astype(value.dtype)
+    mean = jnp.mean(value, axis=axis, keepdims=True, dtype=jnp.float32).astype(value.dtype)
     more = shape[axis] - value.shape[axis]
     return jnp.concatenate([value, jnp.repeat(mean, more, axis=axis)], axis=axis)

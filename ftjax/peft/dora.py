@@ -72,9 +72,8 @@ class DoRACodec(LoRACodec):
 
     def refuse(self, config: Mapping[str, Any]) -> list[str]:
         """See `Codec`."""
-        if config.get("use_dora") is not True:
-            return ["use_dora  is not set"]
-        return super().refuse({**config, "use_dora": False})
+        absent = [] if config.get("use_dora") is True else ["use_dora  is not set"]
+        return absent + super().refuse({**config, "use_dora": False})
 
     def shapes(self, config: Mapping[str, Any], module: Module) -> dict[str, tuple[int, ...]]:
         """See `ModuleCodec`."""

@@ -72,7 +72,7 @@ def width(table: Table, name: str) -> int:
     Raises:
       ConfigError: it has no place for them.
     """
-    if SITE not in table:
+    if SITE not in table or "embed/w" not in table:
         raise ConfigError(f"peft={name}: the model has no input of tokens to put virtual ones before")
     return table[SITE].shape[0]
 

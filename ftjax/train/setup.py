@@ -24,6 +24,7 @@ from ftjax.data.pipeline import Batches, row_length
 from ftjax.data.prepare import Prepared
 from ftjax.data.prepare import prepare as prepare_data
 from ftjax.data.tokenizer import check_vocab, load_tokenizer
+from ftjax.errors import ConfigError
 from ftjax.models.base import Numerics
 from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
@@ -135,6 +136,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     )  # fmt: skip
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
+    check_places(model, overlay, data.train, data.eval)
     base = cut_for(base, overlay, run.peft, model.table)
     parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.always_trained))
     store = {"base": base, "overlay": overlay}
@@ -145,6 +147,25 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
         run, tokenizer, data, batches, model, parts, program, placement,
         jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings,
     )  # fmt: skip
+
+
+def check_places(model: Any, overlay: Overlay, *parts: Any) -> None:
+    """Learned positions end: a gather beyond them would take the last one for every token, and say nothing.
+
+    Raises:
+      ConfigError: an example of `parts` is longer than the positions that the model learned.
+    """
+    room = getattr(model, "places", None)
+    if room is None:
+        return
+    room -= getattr(overlay.get("input/tap"), "shift", 0)
+    longest = max((int(p.lengths.max()) for p in parts if len(p)), default=0)
+    if longest > room:
+        raise ConfigError(
+            f"the longest example has {longest:,} tokens, but {model.family} learned positions for {model.places:,}"
+            + (f", of which virtual tokens take {model.places - room}" if room < model.places else "")
+            + f". Set loader.max_length={room} or less"
+        )
 
 
 def assemble(run: config.Run, model: Decoder, parts: Parts) -> tuple[Program, State, Frozen]:

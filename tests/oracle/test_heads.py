@@ -51,6 +51,14 @@ def torch_out(model, ids, mask):
     return out.logits.numpy()
 
 
+def torch_spans(model, ids, mask):
+    """Logits of the beginning and the end of an answer [B, T, 2]."""
+    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions)
+    return torch.stack([out.start_logits, out.end_logits], -1).numpy()
+
+
 @pytest.mark.parametrize("name, head, labels", KINDS)
 def test_heads(tmp_path, name, head, labels):
     theirs = torch_head(tmp_path / "a", name, head, labels)
@@ -92,10 +100,80 @@ def test_a_classifier_from_a_language_model(tmp_path):
     }
 
 
+def test_a_new_head_is_the_seeds(tmp_path):
+    """Of an untied model: the old head is left out and named; the new one depends on the seed and on nothing else."""
+    torch_llama(tmp_path)
+    spec = HeadSpec("token_classification", ("a", "b", "c"))
+    heads = []
+    for seed in (3, 3, 4):
+        with pytest.warns(UserWarning) as told:
+            _, params = api.load_pretrained(tmp_path, head=spec, seed=seed)
+        lines = [str(w.message) for w in told]
+        assert any("head/w" in line and "head/b" in line and f"drawn from seed {seed}" in line for line in lines), lines
+        assert any("left out, of another head: lm_head.weight" in line for line in lines), lines
+        heads.append(np.asarray(params["head/w"]))
+    np.testing.assert_array_equal(heads[0], heads[1])
+    assert np.abs(heads[0] - heads[2]).max() > 1e-3
+
+
 def test_a_language_model_from_a_classifier(tmp_path):
-    torch_head(tmp_path, "Llama", "SequenceClassification", 3)
-    with pytest.raises(DataError, match=r"missing +lm_head.weight"), pytest.warns(UserWarning):
-        api.load_pretrained(tmp_path, head=HeadSpec("causal_lm"))
+    """A vocabulary head is never made up: an untied one is missing, a tied one is the embedding."""
+    torch_head(tmp_path / "untied", "Llama", "SequenceClassification", 3)
+    with pytest.raises(DataError, match=r"missing +lm_head.weight"):
+        api.load_pretrained(tmp_path / "untied", head=HeadSpec("causal_lm"))
+    theirs = torch_head(tmp_path / "tied", "GPT2", "SequenceClassification", 3)
+    with pytest.warns(UserWarning, match="left out, of another head: score.weight"):
+        model, params = api.load_pretrained(tmp_path / "tied", head=HeadSpec("causal_lm"))
+    ids, mask = rows(97)
+    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    with torch.no_grad():
+        hidden = theirs.transformer(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions)
+        want = (hidden.last_hidden_state @ theirs.transformer.wte.weight.T).numpy()
+    assert apart(our_logits(model, params, ids, mask), want, mask) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX"])
+def test_question_answering(tmp_path, name):
+    theirs = torch_head(tmp_path / "a", name, "QuestionAnswering", 2)
+    model, params = hf.load(str(tmp_path / "a"))
+    assert model.head == HeadSpec("question_answering", ("start", "end"))
+    ids, mask = rows(97, left=True)
+    want = torch_spans(theirs, ids, mask)
+    assert apart(our_logits(model, params, ids, mask), want, mask) < 1e-4
+    hf.save(model, params, tmp_path / "b")
+    back, info = type(theirs).from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert apart(torch_spans(back.eval(), ids, mask), want, mask) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_values_are_the_scores_of_all_prefixes(tmp_path, name):
+    """A value head is a reward model's, read at every token; its file is one of sequence classification."""
+    theirs = torch_head(tmp_path / "a", name, "SequenceClassification", 1)
+    model, params = hf.load(str(tmp_path / "a"), head=HeadSpec("value", ("LABEL_0",)))
+    ids, _ = rows(97)
+    ids = ids[:1]
+    values = our_logits(model, params, ids)
+    assert values.shape == (1, ids.shape[1], 1)
+    for n in (1, 5, ids.shape[1]):
+        want = torch_out(theirs, ids[:, :n], np.ones_like(ids[:, :n]))
+        np.testing.assert_allclose(values[:, n - 1], want, atol=1e-4)
+    hf.save(model, params, tmp_path / "b")
+    assert hf.load(str(tmp_path / "b"))[0].head == HeadSpec("sequence_classification", ("LABEL_0",))
+    back, info = type(theirs).from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    np.testing.assert_allclose(torch_out(back.eval(), ids, np.ones_like(ids)), values[:, -1], atol=1e-4)
+
+
+def test_labels_and_kind_of_problem_are_kept(tmp_path):
+    torch_llama(tmp_path)
+    spec = HeadSpec("sequence_classification", ("score",), "regression")
+    with pytest.warns(UserWarning):
+        model, params = api.load_pretrained(tmp_path, head=spec)
+    api.save_pretrained(model, params, tmp_path / "b")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "b")
+    assert (config.problem_type, config.num_labels, config.id2label) == ("regression", 1, {0: "score"})
+    assert api.load_pretrained(tmp_path / "b")[0].head == spec
 
 
 def test_a_head_that_the_family_lacks(tmp_path):
