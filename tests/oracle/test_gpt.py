@@ -22,7 +22,7 @@ from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
 from ftjax.peft.lora import LoRA  # noqa: E402
 from tests.oracle import apart, our_logits, rows, torch_logits  # noqa: E402
-from tests.oracle.test_decoders import FAMILIES, torch_decoder  # noqa: E402
+from tests.oracle.test_decoders import FAMILIES, talkative, torch_decoder, varied  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 # test_decoders has three of each: these are the settings that it leaves
@@ -88,15 +88,15 @@ def test_every_form_of_the_same_model(tmp_path, case):
 @pytest.mark.parametrize("case", ["GPT2 by layer", "GPT2 untied", "NeoX one after the other", "NeoX a quarter"])
 def test_greedy(tmp_path, case):
     """64 tokens, four rows of unequal lengths; with the cache and without, as transformers' `generate`."""
-    theirs = torch_decoder(tmp_path, *CASES[case])
+    theirs = talkative(torch_decoder(tmp_path, *CASES[case]), tmp_path)
     model, params = hf.load(str(tmp_path))
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 97, n).astype(np.int32) for n in (3, 14, 8, 1)]
     ours = [[] for _ in prompts]
     for new in decode(model, params, prompts, Sampling(max_new_tokens=64), limits=[64] * 4, eos=[], pad=0):
         for row, more in zip(ours, new, strict=True):
             row += more
-    assert all(len(set(row)) > 8 for row in ours), "answers that repeat themselves prove nothing"
+    assert varied(ours)
     width = max(map(len, prompts))
     ids = np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int64)
     mask = np.stack([np.pad(np.ones(len(p), np.int64), (width - len(p), 0)) for p in prompts])
