@@ -170,7 +170,9 @@ def _limits(model: Decoder, params: Store, prompts: Sequence[np.ndarray], wanted
     Raises:
       DataError: a prompt fills the context.
     """
-    soft, size = soft_columns(model, params), model.config.max_position_embeddings
+    # A prefix has no columns of its own, but the tokens' positions begin behind it all the same.
+    soft = max(soft_columns(model, params), getattr(params.get("input/tap"), "shift", 0))
+    size = model.config.max_position_embeddings
     context = f"the model's context of {size}" + (f" less {soft} for the soft prompt" if soft else "")
     room = [size - soft - len(p) for p in prompts]
     tightest = min(range(len(prompts)), key=room.__getitem__)

@@ -106,7 +106,7 @@ class GPT2Config(FamilyConfig):
 
 
 class GPT2Entrance(nn.Module):
-    """Tokens and positions, added; NaN at places for which no position was learned."""
+    """Tokens and positions, added; NaN where no position was learned, which makes the whole row so."""
 
     config: GPT2Config
     dtype: Any

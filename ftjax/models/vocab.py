@@ -3,7 +3,8 @@
     model, params = resize_vocabulary(model, params, len(tokenizer))
 
 The mean (Hewitt 2021) keeps the new tokens' logits near the average one, so that they take little probability at first.
-transformers draws around that mean; here the rows are the mean itself, and resizing twice gives the same.
+transformers draws around that mean, with a spread of 3e-5 of theirs; here the rows are the mean itself, and resizing twice
+gives the same. So does the head's bias, as in transformers, except that BERT's becomes 0 there.
 """
 
 from __future__ import annotations
