@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ from ftjax.train import checkpoint, leaves
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.manifest import MANIFEST, sealed
 from ftjax.train.metrics import MetricLog
+
+
+@pytest.fixture(autouse=True)
+def late_writes(monkeypatch):
+    """When one write fails, orbax closes its event loop; TensorStore's other writes then have nobody to answer to."""
+    report = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    monkeypatch.setattr(sys, "unraisablehook", hook)
 
 
 @struct.dataclass
