@@ -43,6 +43,7 @@ class ParamSpec:
       hf: name in a Hugging Face checkpoint, with ``{}`` for the layer number.
       transposed: whether the file holds [out, in] (torch's Linear) rather than [in, out]; of a convolution's kernel,
         [out, in, height, width] rather than [height, width, in, out].
+      since: the first layer that has this parameter in the file; those before it hold zeros or ones, which nothing uses.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class ParamSpec:
     std: float = 0.02
     hf: str = ""
     transposed: bool = False
+    since: int = 0
 
     @property
     def stacked(self) -> bool:

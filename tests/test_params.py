@@ -71,7 +71,7 @@ def test_split_and_combine_are_inverse():
 
 
 def test_the_table_names_every_tensor_of_a_checkpoint_once():
-    from ftjax.models.hf import file_names
+    from ftjax.models.tensors import file_names
 
     names = file_names(tiny.llama().table)
     assert len(names) == 4 * 9 + 3

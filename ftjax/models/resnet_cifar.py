@@ -28,6 +28,7 @@ from ftjax.models.base import FamilyConfig, Numerics
 from ftjax.models.batchnorm import BatchNorm
 from ftjax.models.folder import stream
 from ftjax.models.hfconfig import HFConfig
+from ftjax.models.tensors import load_table
 from ftjax.models.vision import Conv, ConvNet, ConvNorm, whole_numbers
 from ftjax.registry import register
 
@@ -159,7 +160,7 @@ def convert(source: str | Path, folder: str | Path, *, labels: Sequence[str] = (
     if len(labels) != n:
         raise ConfigError(f"{len(labels)} labels for {n} outputs of {source}")
     model = ResNetCifar(config, Numerics(), HeadSpec("image_classification", labels))
-    params = hf.load_table(
+    params = load_table(
         model.table, [source], dtype=jnp.float32, ignore=lambda name: name.endswith("num_batches_tracked")
     )
     hf.save(model, params, folder)

@@ -20,12 +20,13 @@ from ftjax.headspec import HeadSpec
 from ftjax.models import hf
 from ftjax.models.base import Model, Numerics
 from ftjax.models.folder import resolve
+from ftjax.models.tensors import Place
 from ftjax.params import Store, init_leaf, key_of
 from ftjax.registry import register
 from ftjax.schema import Component
 
 EMBEDDED = "embedded"
-Placer = Callable[[Model], hf.Place]
+Placer = Callable[[Model], Place]
 
 
 def embedded_folder() -> Path:

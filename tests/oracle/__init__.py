@@ -79,6 +79,6 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 def named(table: Any, store: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters, or their gradients, under the checkpoint's names."""
-    from ftjax.models import hf
+    from ftjax.models.tensors import to_file_tensors
 
-    return hf.to_file_tensors(table, store)
+    return to_file_tensors(table, store)

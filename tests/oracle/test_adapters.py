@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from ftjax.models import hf  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from ftjax.params import cut  # noqa: E402
 from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
@@ -153,7 +154,7 @@ def test_merged_folder_opens_in_transformers(base, dtype, tmp_path):
     # PEFT's own merge of the same adapter, rounded to the same dtype
     save_adapter(tmp_path / "adapter", overlay, model.table, method, base_path=str(folder))
     want = dict(opened(folder, tmp_path / "adapter").merge_and_unload().named_parameters())
-    for name, value in hf.to_file_tensors(model.table, merged):
+    for name, value in to_file_tensors(model.table, merged):
         rounded = want[name].detach().to(theirs.dtype).float().numpy()
         limit = 1e-6 if dtype == "float32" else 2**-7 * np.abs(rounded).max()
         assert apart(value.astype(np.float32), rounded) <= limit, name

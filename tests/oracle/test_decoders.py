@@ -16,6 +16,7 @@ from ftjax.generate.decode import decode  # noqa: E402
 from ftjax.generate.sampling import Sampling  # noqa: E402
 from ftjax.models import hf  # noqa: E402
 from ftjax.models.base import Numerics  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from tests.oracle import apart, our_logits, rows, torch_logits  # noqa: E402
 
 SIZES = dict(
@@ -143,7 +144,7 @@ def test_logits_gradients_and_round_trip(tmp_path, family, case):
     named = dict(theirs.named_parameters())
     named["embed_out.weight"] = theirs.get_output_embeddings().weight  # GPT-NeoX calls its head so in the file only
     noise = 1e-6 * max(float(p.grad.abs().max()) for p in named.values())
-    for name, g in hf.to_file_tensors(model.table, grads):
+    for name, g in to_file_tensors(model.table, grads):
         want = named[name].grad.numpy()
         assert np.abs(g - want).max() <= 1e-3 * np.abs(want).max() + noise, name
 

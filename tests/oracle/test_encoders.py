@@ -15,6 +15,7 @@ from ftjax.errors import DataError  # noqa: E402
 from ftjax.headspec import HeadSpec  # noqa: E402
 from ftjax.models import hf  # noqa: E402
 from ftjax.models.base import Numerics  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from tests.oracle import apart, rows  # noqa: E402
 
 SIZES = dict(
@@ -113,7 +114,7 @@ def test_logits_gradients_and_round_trip(tmp_path, family, head, case):
     named = dict(theirs.named_parameters())
     # a key's bias shifts all scores of a query alike, so that its gradient is rounding only: measured by the others' size
     noise = 1e-6 * max(float(p.grad.abs().max()) for p in named.values() if p.grad is not None)
-    for name, g in hf.to_file_tensors(model.table, grads):
+    for name, g in to_file_tensors(model.table, grads):
         want_g = named[name].grad.numpy()
         assert np.abs(g - want_g).max() <= 1e-3 * np.abs(want_g).max() + noise, name
 

@@ -17,6 +17,7 @@ from ftjax.generate.decode import decode  # noqa: E402
 from ftjax.generate.sampling import Sampling  # noqa: E402
 from ftjax.models import hf  # noqa: E402
 from ftjax.models.base import Numerics  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from ftjax.params import cut  # noqa: E402
 from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
@@ -73,7 +74,7 @@ def test_every_form_of_the_same_model(tmp_path, case):
     named["embed_out.weight"] = theirs.get_output_embeddings().weight
     noise = 1e-6 * max(float(p.grad.abs().max()) for p in named.values())
     seen = 0
-    for name, g in hf.to_file_tensors(model.table, grads):
+    for name, g in to_file_tensors(model.table, grads):
         want = named[name].grad.numpy()
         assert np.abs(g - want).max() <= 1e-3 * np.abs(want).max() + noise, name
         seen += 1

@@ -21,6 +21,7 @@ from ftjax.data.batches import PAD_SEGMENT  # noqa: E402
 from ftjax.data.pairs import PairBatch  # noqa: E402
 from ftjax.models import hf  # noqa: E402
 from ftjax.models.sources import embedded_folder  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from ftjax.objectives.dpo import DPO, LOSSES  # noqa: E402
 from ftjax.objectives.kto import KTO  # noqa: E402
 
@@ -108,7 +109,7 @@ def ours(objective, sides, batch):
 def same_gradients(model, grads, policy):
     """Every parameter's gradient, over the largest entry of the tensor."""
     theirs = {n: p.grad for n, p in policy.named_parameters()}
-    for name, g in hf.to_file_tensors(model.table, grads):
+    for name, g in to_file_tensors(model.table, grads):
         want = theirs[name].numpy()
         assert np.abs(g - want).max() <= 1e-3 * np.abs(want).max() + 1e-7, name
 

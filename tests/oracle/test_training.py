@@ -19,6 +19,7 @@ from ftjax import tree  # noqa: E402
 from ftjax.config import Optim  # noqa: E402
 from ftjax.data.batches import Example, build_rows  # noqa: E402
 from ftjax.models import hf  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from ftjax.params import join  # noqa: E402
 from ftjax.peft.full import Full  # noqa: E402
 from ftjax.peft.interop import save_adapter  # noqa: E402
@@ -82,7 +83,7 @@ def ours(method, folder, adapter, *, micro: int) -> Run:
 
         run.weights = load_file(adapter / "trained" / "adapter_model.safetensors")
     else:
-        run.weights = dict(hf.to_file_tensors(model.table, join(store["base"])))
+        run.weights = dict(to_file_tensors(model.table, join(store["base"])))
     return run
 
 
