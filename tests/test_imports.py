@@ -20,7 +20,7 @@ MODULES = sorted([*(ROOT / "ftjax").rglob("*.py"), ROOT / "run.py"])
 
 LAYERS = (
     "errors folders jsontext registry safefiles schema words config explain overrides problems configfile "
-    "tree ops params headspec",
+    "tree ops params rows headspec",
     "parallel kernels",
     "models peft objectives data generate evals",
     "regimes train report",

@@ -22,6 +22,7 @@ from ftjax.models.base import Model, Output
 from ftjax.models.heads import PooledHead, ScoreHead, VocabularyHead
 from ftjax.models.layers import Cache, Seq, run_stack
 from ftjax.params import ParamSpec, Store, Table, declare, leaf, nest, site, stack
+from ftjax.rows import places
 
 
 class _Input(nn.Module):
@@ -252,7 +253,7 @@ def sequence(inputs: dict[str, jax.Array], *, first: bool, positions: jax.Array)
         )
     prompt_len = inputs.get("prompt_len")
     if prompt_len is None:
-        prompt_len = jnp.full_like(positions, jnp.iinfo(jnp.int32).max // 2)
+        prompt_len = places(segments)[1]  # a text that nobody divides is all prompt
     return Seq(None, positions, segments, prompt_len, first)
 
 

@@ -17,6 +17,7 @@ from ftjax.data.batches import TokenBatch
 from ftjax.headspec import HeadSpec
 from ftjax.objectives.base import LossOutput, Policy
 from ftjax.registry import register
+from ftjax.rows import prompt_lengths
 from ftjax.schema import Component
 
 
@@ -33,7 +34,12 @@ def shift(batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
 
 def model_inputs(batch: TokenBatch) -> dict[str, jax.Array]:
     """What a policy is called with."""
-    return {"input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments}
+    return {
+        "input_ids": batch.tokens,
+        "positions": batch.positions,
+        "segments": batch.segments,
+        "prompt_len": prompt_lengths(batch.segments, batch.weights > 0),
+    }
 
 
 @register("objective")

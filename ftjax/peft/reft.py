@@ -1,0 +1,183 @@
+"""ReFT: edits of the hidden values behind a layer at the prompt's first and last tokens (Wu et al. 2024, arXiv:2404.03592).
+
+LoReFT  h + R^T (W h + b - R h), R R^T = I;   NoReFT the same with a free R;   DiReFT  h + R^T (W h + b), R free
+
+    peft=LoReFT(rank=4, positions="f7+l7", layers=(8, 16))
+
+Of a prompt shorter than both together each side gets half, as in pyreft. Answers are not edited, so that decoding costs
+nothing. R is the orthonormal factor of the trained matrix, taken anew in every step: its rows stay orthonormal whatever the
+optimizer does.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from pydantic import Field
+
+from ftjax.errors import ConfigError
+from ftjax.params import ParamSpec, Store, Table, layer_keys, ranged, spec_of
+from ftjax.peft.base import FROZEN, Overlay, subset
+from ftjax.registry import register
+from ftjax.rows import places
+from ftjax.schema import Component
+from ftjax.tree import Rules
+
+
+def orthonormal(a: jax.Array) -> jax.Array:
+    """Rows of a [..., r, D] made orthonormal, each kept in the span of itself and those before it (Gram-Schmidt).
+
+    By Cholesky factors of a a^T, twice: rounding in the first leaves an error of the order of the squared condition number,
+    which the second removes.
+    """
+    for _ in range(2):
+        gram = jnp.einsum("...rD,...sD->...rs", a, a, precision=jax.lax.Precision.HIGHEST)
+        a = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(gram), a, lower=True)
+    return a
+
+
+@struct.dataclass
+class ReFTTap:
+    """The edits of one layer, [L, ...] stacked: one for all places, or one for the first and one for the last (U = 1 or 2).
+
+    Attributes:
+      r: what becomes R [U, r, D].
+      w: W [U, r, D].
+      b: [U, r].
+      first: places edited at the prompt's beginning.
+      last: places edited at its end.
+      orthogonal: whether R has orthonormal rows.
+      subtract: whether R h is taken away.
+    """
+
+    r: jax.Array
+    w: jax.Array
+    b: jax.Array
+    first: int = struct.field(pytree_node=False)
+    last: int = struct.field(pytree_node=False)
+    orthogonal: bool = struct.field(pytree_node=False)
+    subtract: bool = struct.field(pytree_node=False)
+
+    @property
+    def rotation(self) -> jax.Array:
+        """R [..., U, r, D]."""
+        return orthonormal(self.r) if self.orthogonal else self.r
+
+    def __call__(self, h: jax.Array, seq: Any) -> jax.Array:
+        """h [B, T, D] with the prompt's ends edited; what continues a sequence passes by."""
+        if not seq.first:
+            return h
+        R_UrD, w_UrD, b_Ur = (x.astype(h.dtype) for x in (self.rotation, self.w, self.b))
+        edit_BTUr = jnp.einsum("BTD,UrD->BTUr", h, w_UrD - R_UrD if self.subtract else w_UrD) + b_Ur
+        here_BTU = self.where(seq).astype(h.dtype)
+        return h + jnp.einsum("BTUr,UrD->BTD", edit_BTUr * here_BTU[..., None], R_UrD)
+
+    def where(self, seq: Any) -> jax.Array:
+        """Which places each edit is for, bool [B, T, U]."""
+        at, n = places(seq.segments)[0], seq.prompt_len
+        real = seq.segments >= 0
+        begins = real & (at < jnp.minimum(self.first, n // 2))
+        ends = real & (at < n) & (at >= n - jnp.minimum(self.last, n // 2))
+        return jnp.stack([begins | ends] if self.b.shape[-2] == 1 else [begins, ends], axis=-1)
+
+    def axes(self, spec: ParamSpec) -> dict[str, tuple[str | None, ...]]:
+        """Split as the hidden values."""
+        lead = spec.axes[:-1]
+        return {"r": (*lead, None, None, "embed"), "w": (*lead, None, None, "embed"), "b": (*lead, None, None)}
+
+
+_POSITIONS = r"f[1-9]\d*|l[1-9]\d*|f[1-9]\d*\+l[1-9]\d*"
+
+
+def parse_positions(positions: str) -> tuple[int, int]:
+    """(first, last) of pyreft's spelling: "f7+l7", "f1", "l3"."""
+    found = dict(re.findall(r"([fl])(\d+)", positions))
+    return int(found.get("f", 0)), int(found.get("l", 0))
+
+
+class ReFT(Component):
+    """What the three have in common."""
+
+    mergeable: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = False
+    hf_type: ClassVar[str | None] = None
+    usual_lr: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
+    orthogonal: ClassVar[bool]
+    subtract: ClassVar[bool]
+
+    name: str
+    rank: int = Field(4, gt=0, description="Rank r of the edit.")
+    positions: str = Field(
+        "f7+l7", pattern=f"^({_POSITIONS})$", description="Prompt tokens edited: first and last so many, as in pyreft."
+    )
+    tied: bool = Field(False, description="Whether first and last tokens share one edit.")
+    layers: tuple[int, ...] = Field((), description="Only behind these layers, counted from 0; empty: all.")
+
+    def keys(self, table: Table) -> list[str]:
+        """Sites of the edits."""
+        sites = [k for k, s in table.items() if s.kind == "site" and k.endswith("/residual")]
+        if not sites or "embed/w" not in table:
+            raise ConfigError(
+                f"peft={self.name}: the model has no prompt of tokens whose hidden values could be edited"
+            )
+        beyond = [i for i in self.layers if not 0 <= i < max(r.stop for k in sites if (r := ranged(k)))]
+        if beyond:
+            raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
+        if self.rank > (width := table[sites[0]].shape[-1]):
+            raise ConfigError(f"peft.rank={self.rank} exceeds {width}, the width of the hidden values")
+        return [part for key in sites for part in subset(key, self.layers)]
+
+    def labels(self, table: Table) -> Rules:
+        """All of it."""
+        self.keys(table)
+        return [("overlay/*/residual/*", "reft"), ("base/*", FROZEN)]
+
+    def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
+        """Initial values as in pyreft: R orthonormal (else as W), W and b as torch draws a linear layer's."""
+        return {k: self.tap(layer_keys(key, k), spec_of(table, k)) for k in self.keys(table)}
+
+    def tap(self, keys: jax.Array, spec: ParamSpec) -> ReFTTap:
+        """The edits at one site at step 0; `keys` [L] if it is stacked."""
+        first, last = parse_positions(self.positions)
+        U, D, bound = 1 if self.tied or not (first and last) else 2, spec.shape[-1], spec.shape[-1] ** -0.5
+
+        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            r, w, b = jax.random.split(key, 3)
+            shape = (U, self.rank, D)
+            uniform = lambda k, s: jax.random.uniform(k, s, jnp.float32, -bound, bound)  # noqa: E731
+            R = orthonormal(jax.random.normal(r, shape, jnp.float32)) if self.orthogonal else uniform(r, shape)
+            return R, uniform(w, shape), uniform(b, shape[:2])
+
+        drawn = jax.vmap(draw)(keys) if spec.stacked else draw(keys)
+        return ReFTTap(*drawn, first=first, last=last, orthogonal=self.orthogonal, subtract=self.subtract)
+
+
+@register("peft")
+class LoReFT(ReFT):
+    """h + R^T (W h + b - R h), R with orthonormal rows."""
+
+    orthogonal: ClassVar[bool] = True
+    subtract: ClassVar[bool] = True
+    name: Literal["loreft"] = "loreft"
+
+
+@register("peft")
+class NoReFT(ReFT):
+    """h + R^T (W h + b - R h), R free."""
+
+    orthogonal: ClassVar[bool] = False
+    subtract: ClassVar[bool] = True
+    name: Literal["noreft"] = "noreft"
+
+
+@register("peft")
+class DiReFT(ReFT):
+    """h + R^T (W h + b), R free: an update of the residual stream like LoRA's of a weight."""
+
+    orthogonal: ClassVar[bool] = False
+    subtract: ClassVar[bool] = False
+    name: Literal["direft"] = "direft"
