@@ -18,6 +18,8 @@ from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
 from ftjax.peft.modules import per_module  # noqa: E402
 from tests.oracle import apart, our_logits, rows, torch_llama, torch_logits  # noqa: E402
+from tests.oracle.test_decoders import torch_decoder  # noqa: E402
+from tests.oracle.test_encoders import torch_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -38,6 +40,10 @@ METHODS = {
     "loha": (
         dict(rank=3, alpha=6.0, targets=tuple(TARGETS)),
         lambda: peft.LoHaConfig(r=3, alpha=6, target_modules=TARGETS),
+    ),
+    "vera": (
+        dict(rank=6, targets=tuple(TARGETS)),
+        lambda: peft.VeraConfig(r=6, target_modules=TARGETS),
     ),
 }
 
@@ -128,3 +134,50 @@ def test_made_there_opened_here_with_gradients(base, tmp_path, name):
         assert np.abs(mine - grad.numpy()).max() <= 1e-3 * scale + 1e-6, full
         seen += 1
     assert seen == len(ours)
+
+
+# Methods that read a module's width: on fused and transposed weights too
+OTHERS = {
+    "vera": (
+        lambda names: dict(rank=6, targets=tuple(names)),
+        lambda names, straight: peft.VeraConfig(r=6, target_modules=names, fan_in_fan_out=straight),
+    ),
+}
+FAMILIES = {
+    "gpt2": (lambda folder: torch_decoder(folder, "GPT2", {}), ["c_attn", "c_proj"], "AutoModelForCausalLM"),
+    "bert": (lambda folder: torch_model(folder, "bert", "MaskedLM"), ["query", "output.dense"], "AutoModelForMaskedLM"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_both_ways(tmp_path, family, name):
+    make, names, auto = FAMILIES[family]
+    make(tmp_path / "base")
+    model, params = hf.load(str(tmp_path / "base"))
+    auto = getattr(transformers, auto)
+    raw = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+    ids, mask = rows(97)
+    ours_of, theirs_config = OTHERS[name]
+
+    method = registry.get("peft", name)(**ours_of(names))
+    overlay = drawn(method, model, params)
+    save_adapter(tmp_path / "ours", overlay, model.table, method, base_path=str(tmp_path), task_type=None)
+    bound = bind(cut(params, bounds(overlay)), overlay)
+    plain, ours = torch_logits(raw.eval(), ids, mask), our_logits(model, bound, ids, mask)
+    want = torch_logits(peft.PeftModel.from_pretrained(raw, tmp_path / "ours").eval(), ids, mask)
+    assert apart(ours, want, mask) <= 1e-5 * np.abs(want).max() and apart(want, plain, mask) > 1e-3
+    assert apart(our_logits(model, merge(bound, model.table), ids, mask), want, mask) <= 2e-5 * np.abs(want).max()
+
+    torch.manual_seed(0)
+    raw = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+    theirs = peft.get_peft_model(raw, theirs_config(names, family == "gpt2"))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = load_adapter(tmp_path / "theirs", model.table, params)
+    want = torch_logits(theirs.eval(), ids, mask)
+    ours = our_logits(model, bind(cut(params, bounds(file.overlay)), file.overlay), ids, mask)
+    assert apart(ours, want, mask) <= 1e-5 * np.abs(want).max()

@@ -1,0 +1,118 @@
+"""Weight-level methods without PEFT: their equations by hand, exact round trips of their files, what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ftjax.errors import ConfigError, DataError
+from ftjax.peft.interop import load_adapter, save_adapter
+from ftjax.peft.vera import VeRA
+from tests.tiny import llama, weights
+
+MODEL = llama()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return weights(MODEL)
+
+
+def drawn(method, params):
+    """The method's overlay with every trained leaf moved at random."""
+    overlay = method.init(jax.random.key(0), MODEL.table, params)
+    keys = iter(jax.random.split(jax.random.key(9), 1000))
+
+    def one(path, x):
+        return x + 0.2 * jax.random.normal(next(keys), x.shape) if path[-1].name in type(method).trained else x
+
+    return jax.tree_util.tree_map_with_path(one, overlay)
+
+
+def saved(folder, method, params, **changes):
+    overlay = drawn(method, params)
+    save_adapter(folder, overlay, MODEL.table, method, base_path="some/tiny")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if changes:
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    return overlay
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def refusal(folder, params):
+    with pytest.raises(DataError) as error:
+        load_adapter(folder, MODEL.table, params)
+    return str(error.value)
+
+
+FILES = [
+    VeRA(rank=5, targets=("q", "down")),
+    VeRA(rank=3, dropout=0.25, layers=(1, 3), targets=("k",), d_initial=0.5),
+]
+
+
+@pytest.mark.parametrize("method", FILES, ids=repr)
+def test_a_file_comes_back_exactly(tmp_path, params, method):
+    overlay = saved(tmp_path, method, params)
+    file = load_adapter(tmp_path, MODEL.table, params)
+    assert jax.tree.structure(file.overlay) == jax.tree.structure(overlay)
+    jax.tree.map(np.testing.assert_array_equal, file.overlay, overlay)
+    same = {k: v for k, v in file.method.model_dump().items() if k != "targets"}
+    assert same == {k: v for k, v in method.model_dump().items() if k != "targets"}
+    assert file.method.keys(MODEL.table) == method.keys(MODEL.table)
+
+
+# VeRA ------------------------------------------------------------------------------------------------------------------
+
+
+def test_vera_shares_one_pair_of_projections(params):
+    overlay = VeRA(rank=5, targets=("q", "k", "down")).init(jax.random.key(0), MODEL.table, params)
+    q, k, down = (overlay[f"layers[0:4]/{name}/w"] for name in ("q", "k", "down"))
+    assert down.p.shape == (4, 64, 5) and q.q.shape == (4, 5, 32) and k.q.shape == (4, 5, 16)
+    np.testing.assert_array_equal(q.p[0], down.p[3][:32])
+    np.testing.assert_array_equal(k.q[1], q.q[2][:, :16])
+    assert float(jnp.abs(down.p).max()) <= (6 / 64) ** 0.5 and float(q.d.min()) == float(q.d.max()) == np.float32(0.1)
+    assert not q.e.any()
+    some = VeRA(rank=5, targets=("q", "k", "down"), layers=(2,)).init(jax.random.key(0), MODEL.table, params)
+    np.testing.assert_array_equal(some["layers[2:3]/q/w"].p[0], q.p[0])
+
+
+def test_vera_by_hand(params):
+    delta = jax.tree.map(lambda x: x[1], drawn(VeRA(rank=3, targets=("q",)), params)["layers[0:4]/q/w"])
+    x, w, b = (
+        np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate([(2, 32), (32, 32), 32])
+    )
+    p, q, d, e = (np.asarray(getattr(delta, n), np.float64) for n in "pqde")
+    want = x @ w + b + (x @ p * d) @ q * e
+    np.testing.assert_allclose(delta.dot(jnp.asarray(x), jnp.asarray(w), jnp.asarray(b), None), want, atol=1e-4)
+    np.testing.assert_allclose(x @ delta.merge(jnp.asarray(w)) + b, want, atol=1e-4)
+
+
+def test_vera_files_need_their_projections(tmp_path, params):
+    saved(tmp_path, VeRA(rank=4, targets=("q",)), params)
+    change_tensors(tmp_path, lambda t: t.pop("base_model.vera_A"))
+    assert "base_model.vera_A and base_model.vera_B are not in the file" in refusal(tmp_path, params)
+    saved(tmp_path, VeRA(rank=4, targets=("q",)), params, save_projection=False)
+    assert "torch's random numbers cannot be drawn again here" in refusal(tmp_path, params)
+    saved(tmp_path, VeRA(rank=4, targets=("q",)), params)
+    change_tensors(tmp_path, lambda t: t.update({"base_model.vera_B": t["base_model.vera_B"][:-1]}))
+    assert "misshapen  base_model.vera_B [31, 4], expected [32, 4]" in refusal(tmp_path, params)
+
+
+def test_vera_of_two_draws_has_no_file(tmp_path, params):
+    method = VeRA(rank=4, targets=("q", "v"))
+    overlay, other = drawn(method, params), method.init(jax.random.key(7), MODEL.table, params)
+    overlay["layers[0:4]/v/w"] = other["layers[0:4]/v/w"]
+    with pytest.raises(ConfigError, match="unlike projections"):
+        save_adapter(tmp_path, overlay, MODEL.table, method, base_path="b")
