@@ -119,6 +119,9 @@ class Model:
     prefix: ClassVar[str] = ""
     """What the names in the file begin with when a head is there (``bert.``); a base alone is saved without it."""
 
+    shared_head: ClassVar[tuple[str, ...]] = ()
+    """Patterns of names in the file, of a head, that mean the same in every head: a new one begins with them."""
+
     buffers: ClassVar[tuple[str, ...]] = ()
     """Patterns of names in the file that carry no parameter."""
 

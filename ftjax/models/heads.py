@@ -87,6 +87,13 @@ def last_real(seq: Seq) -> jax.Array:
     return jnp.where(real, jnp.arange(real.shape[1], dtype=jnp.int32), 0).max(axis=1)
 
 
+def mean_real(h: jax.Array, seq: Seq) -> jax.Array:
+    """Mean over the tokens that are not padding, summed in float32: [B, T, D] -> [B, D]; 0 where there is none."""
+    real = (seq.segments != PAD_SEGMENT).astype(jnp.float32)
+    total = jnp.einsum("BTD,BT->BD", h.astype(jnp.float32), real)
+    return (total / jnp.maximum(real.sum(1), 1)[:, None]).astype(h.dtype)
+
+
 class _Dense(nn.Module):
     """The inner part of `EncoderHead`, named "head" in the table."""
 
@@ -97,11 +104,12 @@ class _Dense(nn.Module):
         c = self.head
         if c.dense_hf:
             h = ACTIVATIONS[c.activation](
-                Linear(h.shape[-1], ("embed", None), c.dense_hf, True, c.std, name="dense")(h)
+                Linear(h.shape[-1], ("embed", None), c.dense_hf, c.dense_bias, c.std, name="dense")(h)
             )
         if c.norm_hf:
-            h = LayerNorm(c.eps, c.norm_hf, name="norm")(h)
-        b = leaf(self, "b", ParamSpec((c.out,), (c.axis,), "bias", init="zeros", hf=c.bias_hf))
+            h = LayerNorm(c.eps, c.norm_hf, c.norm_bias, name="norm")(h)
+        bias = ParamSpec((c.out,), (c.axis,), "bias", init="zeros", hf=c.bias_hf)
+        b = leaf(self, "b", bias) if c.bias_hf else None
         if c.tied:
             return h, Head(embedding, True, b)
         spec = ParamSpec((h.shape[-1], c.out), ("embed", c.axis), std=c.std, hf=c.hf + ".weight", transposed=True)
@@ -116,10 +124,10 @@ class EncoderHead(nn.Module):
       hf: projection in the file.
       std: initial standard deviation.
       bias_hf: the projection's bias in the file.
-      first: whether only the first token counts.
+      first, mean: whether only the first token counts, or the mean of all that are not padding.
       pooler_hf: tanh layer over the first token that belongs to the base (BERT).
-      dense_hf, activation: layer before the projection.
-      norm_hf, eps: norm after it.
+      dense_hf, activation, dense_bias: layer before the projection.
+      norm_hf, eps, norm_bias: norm after it.
       tied: whether the projection is the embedding table.
       axis: logical axis of the outputs.
     """
@@ -129,17 +137,20 @@ class EncoderHead(nn.Module):
     std: float
     bias_hf: str
     first: bool = False
+    mean: bool = False
     pooler_hf: str = ""
     dense_hf: str = ""
     activation: str = "tanh"
+    dense_bias: bool = True
     norm_hf: str = ""
     eps: float = 0.0
+    norm_bias: bool = True
     tied: bool = False
     axis: str | None = None
 
     @nn.compact
     def __call__(self, h: jax.Array, seq: Seq, embedding: Any) -> tuple[jax.Array, Head]:
-        h = h[:, 0] if self.first else h
+        h = h[:, 0] if self.first else mean_real(h, seq) if self.mean else h
         if self.pooler_hf:
             h = jnp.tanh(Linear(h.shape[-1], ("embed", None), self.pooler_hf, True, self.std, name="pooler")(h))
         return _Dense(self.clone(parent=None, name=None), name="head")(h, embedding)

@@ -160,7 +160,8 @@ class _Loading:
         same = now.labels == then.labels or unnamed or (now.kind != then.kind and len(now.labels) == len(then.labels))
         if same and self.model.heads[now.kind] == self.model.heads[then.kind]:
             return frozenset()
-        return frozenset(s.hf for k, s in self.model.table.items() if k.startswith("head/"))
+        names = (s.hf for k, s in self.model.table.items() if k.startswith("head/"))
+        return frozenset(n for n in names if not any(fnmatchcase(n, p) for p in self.model.shared_head))
 
     @property
     def tied(self) -> tuple[str, str] | None:

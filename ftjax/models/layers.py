@@ -109,23 +109,24 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * w + b, statistics in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / std * w + b, statistics in float32 (Ba et al. 2016, arXiv:1607.06450). `since`: see `ParamSpec`."""
 
     eps: float
     hf: str
     use_bias: bool = True
+    since: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dims = x.shape[-1:]
-        w = leaf(self, "w", ParamSpec(dims, ("embed",), "norm", init="ones", hf=self.hf + ".weight"))
+        w = leaf(self, "w", ParamSpec(dims, ("embed",), "norm", "ones", hf=self.hf + ".weight", since=self.since))
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         y = w.astype(x.dtype) * y.astype(x.dtype)
         if not self.use_bias:
             return y
-        b = leaf(self, "b", ParamSpec(dims, ("embed",), "bias", init="zeros", hf=self.hf + ".bias"))
+        b = leaf(self, "b", ParamSpec(dims, ("embed",), "bias", "zeros", hf=self.hf + ".bias", since=self.since))
         return y + b.astype(x.dtype)
 
 

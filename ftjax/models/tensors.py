@@ -91,6 +91,9 @@ def load_table(
         left[key] -= 1
         if left[key] == 0:
             store[key] = place(key, host.pop(key))
+    for key, spec in table.items():
+        if spec.stacked and spec.kind != "site" and spec.since >= spec.shape[0]:  # fewer layers than that: in no file
+            store[key] = place(key, np.full(spec.shape, spec.init == "ones", dtype))
     for key in dict.fromkeys(key for key, _ in names.values()):
         made = absent(key) if absent else None
         if made is None:
