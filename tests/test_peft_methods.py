@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ftjax.errors import ConfigError, DataError
 from ftjax.peft.interop import load_adapter, save_adapter
+from ftjax.peft.oft import OFT, divisor
 from ftjax.peft.vera import VeRA
 from tests.tiny import llama, weights
 
@@ -59,6 +60,9 @@ def refusal(folder, params):
 FILES = [
     VeRA(rank=5, targets=("q", "down")),
     VeRA(rank=3, dropout=0.25, layers=(1, 3), targets=("k",), d_initial=0.5),
+    OFT(block_size=4, targets=("q", "down")),
+    OFT(blocks=3, exact=True, targets=("k",), layers=(0, 2)),
+    OFT(block_size=16, share=True, terms=7),
 ]
 
 
@@ -116,3 +120,83 @@ def test_vera_of_two_draws_has_no_file(tmp_path, params):
     overlay["layers[0:4]/v/w"] = other["layers[0:4]/v/w"]
     with pytest.raises(ConfigError, match="unlike projections"):
         save_adapter(tmp_path, overlay, MODEL.table, method, base_path="b")
+
+
+# OFT -------------------------------------------------------------------------------------------------------------------
+
+
+def oft_delta(params, **settings):
+    method = OFT(targets=("q",), **settings)
+    delta = method.init(jax.random.key(0), MODEL.table, params)["layers[0:4]/q/w"]
+    g = 0.05 * jax.random.normal(jax.random.key(3), delta.g.shape)
+    return jax.tree.map(lambda x: x[1], delta.replace(g=g))
+
+
+def skew(g):
+    size = int((1 + (1 + 8 * len(g)) ** 0.5) / 2)
+    q = np.zeros((size, size))
+    q[np.triu_indices(size, 1)] = g
+    return q - q.T
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("terms", [2, 3, 4, 5, 6])
+def test_oft_by_hand(params, terms, share):
+    delta = oft_delta(params, block_size=8, terms=terms, share=share)
+    x, w, b = (
+        np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate([(2, 32), (32, 32), 32])
+    )
+    whole = np.zeros((32, 32))
+    for i in range(4):
+        q = skew(np.asarray(delta.g, np.float64)[0 if share else i])
+        power = np.linalg.matrix_power
+        series = {
+            2: np.eye(8) + 2 * q,
+            3: np.eye(8) + 2 * q + 2 * power(q, 2) + power(q, 3),
+            4: np.eye(8) + 2 * q + 2 * power(q, 2) + power(q, 3),
+            5: np.eye(8) + 2 * q + 2 * power(q, 2) + 2 * power(q, 3) + power(q, 4),
+            6: np.eye(8) + 2 * (q + power(q, 2) + power(q, 3) + power(q, 4)) + power(q, 5),
+        }
+        whole[8 * i : 8 * i + 8, 8 * i : 8 * i + 8] = series[terms]
+    want = x @ whole @ w + b
+    np.testing.assert_allclose(delta.dot(jnp.asarray(x), jnp.asarray(w), jnp.asarray(b), None), want, atol=1e-4)
+    np.testing.assert_allclose(delta.merge(jnp.asarray(w)), whole @ w, atol=1e-4)
+
+
+def test_oft_is_orthogonal(params):
+    """The exact form to rounding, the series to its first missing power; they turn opposite ways."""
+    exact = np.asarray(oft_delta(params, block_size=8, exact=True).turn()) + np.eye(8)
+    np.testing.assert_allclose(exact @ exact.swapaxes(-1, -2), np.broadcast_to(np.eye(8), exact.shape), atol=1e-6)
+    gaps = []
+    for terms in (2, 5, 9):
+        series = np.asarray(oft_delta(params, block_size=8, terms=terms).turn()) + np.eye(8)
+        gaps.append(np.abs(series @ exact - np.eye(8)).max())
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-5
+
+
+def test_oft_blocks(params):
+    assert [divisor(24, n) for n in (1, 5, 7, 9, 10, 30)] == [1, 4, 6, 8, 8, 24]
+    overlay = OFT(block_size=5, targets=("q", "down")).init(jax.random.key(0), MODEL.table, params)
+    assert {k: d.g.shape for k, d in overlay.items()} == {
+        "layers[0:4]/q/w": (4, 8, 6), "layers[0:4]/down/w": (4, 16, 6),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="the 32 inputs of layers/q/w fall into blocks of one feature"):
+        OFT(blocks=32, targets=("q",)).keys(MODEL.table)
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"coft": True}, "coft=True  is not supported"),
+        ({"module_dropout": 0.5}, "module_dropout=0.5  is not supported"),
+        ({"r": 2}, "r=2, oft_block_size=4  expected one of them"),
+        ({"oft_block_size": None}, "oft_block_size=None  expected one of them"),
+        ({"peft_version": None}, "PEFT before 0.18 means another series"),
+        ({"peft_version": "0.17.1"}, "PEFT before 0.18 means another series"),
+        ({"num_cayley_neumann_terms": 1}, "rotates nothing"),
+        ({"num_cayley_neumann_terms": 2.5}, "expected a whole number above 0"),
+    ],
+)
+def test_oft_settings_that_cannot_be_honoured(tmp_path, params, changes, line):
+    saved(tmp_path, OFT(block_size=4, targets=("q",)), params, **changes)
+    assert line in refusal(tmp_path, params)

@@ -45,6 +45,18 @@ METHODS = {
         dict(rank=6, targets=tuple(TARGETS)),
         lambda: peft.VeraConfig(r=6, target_modules=TARGETS),
     ),
+    "oft": (
+        dict(block_size=4, targets=tuple(TARGETS)),
+        lambda: peft.OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    ),
+    "oft exact": (
+        dict(blocks=4, exact=True, targets=tuple(TARGETS)),
+        lambda: peft.OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=TARGETS),
+    ),
+    "oft shared": (
+        dict(block_size=8, share=True, terms=3, targets=tuple(TARGETS)),
+        lambda: peft.OFTConfig(oft_block_size=8, block_share=True, num_cayley_neumann_terms=3, target_modules=TARGETS),
+    ),
 }
 
 
@@ -76,7 +88,7 @@ def drawn(method, model, params, seed=0):
 @pytest.mark.parametrize("name", METHODS)
 def test_exported_here_opened_there(base, tmp_path, name):
     folder, model, params = base
-    method = registry.get("peft", name)(**METHODS[name][0])
+    method = registry.get("peft", name.split()[0])(**METHODS[name][0])
     overlay = drawn(method, model, params)
     save_adapter(tmp_path, overlay, model.table, method, base_path=str(folder))
     ids, mask = rows(97)
@@ -142,6 +154,10 @@ OTHERS = {
         lambda names: dict(rank=6, targets=tuple(names)),
         lambda names, straight: peft.VeraConfig(r=6, target_modules=names, fan_in_fan_out=straight),
     ),
+    "oft": (
+        lambda names: dict(block_size=4, targets=tuple(names)),
+        lambda names, straight: peft.OFTConfig(oft_block_size=4, target_modules=names, fan_in_fan_out=straight),
+    ),
 }
 FAMILIES = {
     "gpt2": (lambda folder: torch_decoder(folder, "GPT2", {}), ["c_attn", "c_proj"], "AutoModelForCausalLM"),
@@ -149,6 +165,18 @@ FAMILIES = {
 }
 
 
+def straightened(model):
+    """The same model with torch's Linear in place of Conv1D, for which PEFT has no OFT."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, transformers.pytorch_utils.Conv1D):
+                linear = torch.nn.Linear(*child.weight.shape)
+                linear.load_state_dict({"weight": child.weight.T, "bias": child.bias})
+                setattr(parent, name, linear)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_both_ways(tmp_path, family, name):
@@ -156,22 +184,26 @@ def test_other_families_both_ways(tmp_path, family, name):
     make(tmp_path / "base")
     model, params = hf.load(str(tmp_path / "base"))
     auto = getattr(transformers, auto)
-    raw = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+
+    def fresh():
+        raw = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager").eval()
+        return straightened(raw) if name == "oft" else raw
+
+    raw = fresh()
     ids, mask = rows(97)
     ours_of, theirs_config = OTHERS[name]
 
-    method = registry.get("peft", name)(**ours_of(names))
+    method = registry.get("peft", name.split()[0])(**ours_of(names))
     overlay = drawn(method, model, params)
     save_adapter(tmp_path / "ours", overlay, model.table, method, base_path=str(tmp_path), task_type=None)
     bound = bind(cut(params, bounds(overlay)), overlay)
-    plain, ours = torch_logits(raw.eval(), ids, mask), our_logits(model, bound, ids, mask)
+    plain, ours = torch_logits(raw, ids, mask), our_logits(model, bound, ids, mask)
     want = torch_logits(peft.PeftModel.from_pretrained(raw, tmp_path / "ours").eval(), ids, mask)
     assert apart(ours, want, mask) <= 1e-5 * np.abs(want).max() and apart(want, plain, mask) > 1e-3
     assert apart(our_logits(model, merge(bound, model.table), ids, mask), want, mask) <= 2e-5 * np.abs(want).max()
 
     torch.manual_seed(0)
-    raw = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
-    theirs = peft.get_peft_model(raw, theirs_config(names, family == "gpt2"))
+    theirs = peft.get_peft_model(fresh(), theirs_config(names, family == "gpt2"))
     with torch.no_grad():
         for p in theirs.parameters():
             if p.requires_grad:
