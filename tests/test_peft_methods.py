@@ -11,9 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ftjax.errors import ConfigError, DataError
+from ftjax.headspec import HeadSpec
 from ftjax.peft.interop import load_adapter, save_adapter
+from ftjax.peft.norms import Norms, norm_keys
 from ftjax.peft.oft import OFT, divisor
 from ftjax.peft.vera import VeRA
+from tests import tinymodels
 from tests.tiny import llama, weights
 
 MODEL = llama()
@@ -200,3 +203,63 @@ def test_oft_blocks(params):
 def test_oft_settings_that_cannot_be_honoured(tmp_path, params, changes, line):
     saved(tmp_path, OFT(block_size=4, targets=("q",)), params, **changes)
     assert line in refusal(tmp_path, params)
+
+
+# Norms -----------------------------------------------------------------------------------------------------------------
+
+
+def norms_file(folder, params, keys=None, **changes):
+    moved = {k: np.asarray(params[k]) + 1 for k in keys or norm_keys(MODEL.table)}
+    save_adapter(folder, {}, MODEL.table, Norms(), base_path="some/tiny", saved=moved)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    return moved, config
+
+
+def test_norms_come_back_exactly(tmp_path, params):
+    moved, config = norms_file(tmp_path, params)
+    assert config["peft_type"] == "LN_TUNING" and config["modules_to_save"] is None
+    assert sorted(config["target_modules"]) == ["input_layernorm", "norm", "post_attention_layernorm"]
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(names) == 9 and names["base_model.model.model.norm.ln_tuning_layers.weight"].shape == (32,)
+    file = load_adapter(tmp_path, MODEL.table, params)
+    assert type(file.method) is Norms and file.overlay == {} and set(file.saved) == set(moved)
+    jax.tree.map(np.testing.assert_array_equal, file.saved, moved)
+
+
+def test_norms_of_some_layers(tmp_path, params):
+    """What the file leaves out keeps the base's values."""
+    norms_file(tmp_path, params, ["layers[0:4]/ln1/w"], target_modules=r"model\.layers\.[13]\.input_layernorm")
+    change_tensors(tmp_path, lambda t: [t.pop(n) for n in list(t) if ".0." in n or ".2." in n])
+    (key, value), *none = load_adapter(tmp_path, MODEL.table, params).saved.items()
+    assert key == "layers[0:4]/ln1/w" and not none
+    np.testing.assert_array_equal(value - np.asarray(params[key]), np.array([0, 1, 0, 1])[:, None] * np.ones(32))
+
+
+def test_norms_that_do_not_fit(tmp_path, params):
+    norms_file(tmp_path, params, target_modules=["LayerNorm"])
+    assert "target_modules=['LayerNorm']  no norm of the model is called so" in refusal(tmp_path, params)
+    norms_file(tmp_path, params, target_modules=["norm"])
+    assert "layers.0.input_layernorm.ln_tuning_layers.weight [32]  no norm of the model" in refusal(tmp_path, params)
+    norms_file(tmp_path, params)
+    change_tensors(tmp_path, lambda t: t.pop("base_model.model.model.norm.ln_tuning_layers.weight"))
+    assert "model.norm.ln_tuning_layers.weight  missing   expected [32]" in refusal(tmp_path, params)
+
+
+def test_norms_beside_a_head(tmp_path):
+    """The norms of a head that is trained as a whole are written with it."""
+    model = tinymodels.known()["bert"](head=HeadSpec("sequence_classification", ("a", "b")))
+    table, params = model.table, weights(model)
+    trained = {k: np.asarray(params[k]) + 1 for k in {*norm_keys(table), *(k for k in table if k.startswith("head/"))}}
+    save_adapter(tmp_path, {}, table, Norms(), base_path="b", task_type="SEQ_CLS", saved=trained)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"] and config["target_modules"] == ["LayerNorm"]
+    saved = load_adapter(tmp_path, table, params).saved
+    assert set(saved) == set(trained)
+    jax.tree.map(np.testing.assert_array_equal, saved, trained)
+
+
+def test_norms_with_statistics_have_no_such_file():
+    tables = {name: make().table for name, make in tinymodels.known().items() if name in ("resnet", "llama", "vit")}
+    held = {name: Norms.hf_codec.holds_base(table) for name, table in tables.items()}
+    assert held == {"resnet": False, "llama": True, "vit": True}

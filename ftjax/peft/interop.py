@@ -36,6 +36,8 @@ TASK_TYPES = {
 """PEFT's name of a task, which decides the class that it opens a base with; other heads have none."""
 _OUTPUTS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+HUB, HUB_WEIGHTS_FILE = "ADAPTERHUB", "adapter.safetensors"
+"""AdapterHub's folders (see `ftjax.peft.adapterhub`) have no peft_type; here they have this one."""
 _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config", "task_type",
@@ -65,6 +67,11 @@ class Codec:
     """How one method stands in an adapter folder. Methods may share a ``peft_type`` and differ in what they refuse."""
 
     peft_type: ClassVar[str]
+    weights_file: ClassVar[str] = WEIGHTS_FILE
+
+    def wrap(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The whole adapter_config.json as the format has it; PEFT's is flat."""
+        return config
 
     def refuse(self, config: Mapping[str, Any]) -> list[str]:
         """Why this method cannot honour a configuration, one line each; empty: it can."""
@@ -81,6 +88,24 @@ class Codec:
           DataError: the tensors are not exactly those that the configuration and the table call for.
         """
         raise NotImplementedError
+
+    # Of a method that trains weights of the base themselves and whose file has them; most have no such thing.
+
+    def holds_base(self, table: Table) -> bool:
+        """Whether a file can hold what is trained although there is no overlay."""
+        return False
+
+    def encode_base(self, saved: Store, table: Table) -> tuple[dict[str, Any], Tensors, Store]:
+        """(settings, tensors, the weights that remain for ``modules_to_save``) of trained weights of the base."""
+        return {}, {}, saved
+
+    def take_base(self, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store) -> Store:
+        """Removes weights of the base from the tensors of a file and returns them by store key.
+
+        Raises:
+          DataError: they are not those that the configuration and the table call for.
+        """
+        return {}
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -127,6 +152,8 @@ def save_adapter(
         able = ", ".join(name for name, cls in known("peft").items() if getattr(cls, "hf_codec", None))
         raise ConfigError(f"peft={method.name} has no form in Hugging Face PEFT's format. Methods that have: {able}")
     settings, tensors = codec.encode(overlay, table, method)
+    more, own, saved = codec.encode_base(saved or {}, table)
+    tensors, settings = tensors | own, settings | more
     if saved:
         copies, modules = saved_modules(saved, table)
         tensors, settings = tensors | copies, settings | {"modules_to_save": modules}
@@ -142,8 +169,9 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     solid = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
-    save_file(solid, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(solid, folder / codec.weights_file, metadata={"format": "pt"})
+    text = json.dumps(codec.wrap(config), indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -165,11 +193,12 @@ def load_adapter(folder: str | Path, table: Table, params: Store, *, base_path: 
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"no adapter folder at {folder}" + (" (a file is)" if folder.exists() else ""))
-    config = read_json(folder / CONFIG_FILE)
+    config = flat(read_json(folder / CONFIG_FILE))
     try:
-        tensors = read_tensors(folder)
+        tensors = read_tensors(folder, weights_name(config))
         saved = take_saved(config.pop("modules_to_save", None) or [], tensors, table)
         codec = codec_for(config)
+        saved |= codec.take_base(config, tensors, table, params)
         method, overlay = codec.decode(config, tensors, table, params)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
@@ -179,6 +208,21 @@ def load_adapter(folder: str | Path, table: Table, params: Store, *, base_path: 
     return AdapterFile(method, overlay, named, saved)
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json with all settings at the top, where AdapterHub nests the method's."""
+    inner = config.get("config")
+    if "peft_type" in config or not isinstance(inner, dict):
+        return config
+    named = config.get("base_model_name_or_path") or config.get("model_name")
+    outer = {k: v for k, v in config.items() if k != "config"}
+    return {**outer, **inner, "peft_type": HUB, "base_model_name_or_path": named}
+
+
+def weights_name(config: Mapping[str, Any]) -> str:
+    """The file with an adapter folder's tensors, for its (flat) configuration."""
+    return HUB_WEIGHTS_FILE if config.get("peft_type") == HUB else WEIGHTS_FILE
+
+
 def head_of(folder: str | Path) -> HeadSpec | None:
     """The head that an adapter folder brings along, its labels unnamed; None when it brings none.
 
@@ -186,12 +230,12 @@ def head_of(folder: str | Path) -> HeadSpec | None:
       DataError: see `read_tensors`.
     """
     folder = Path(folder).expanduser()
-    config = read_json(folder / CONFIG_FILE)
+    config = flat(read_json(folder / CONFIG_FILE))
     kind = next((k for k, task in TASK_TYPES.items() if task == config.get("task_type")), "")
     modules = tuple(config.get("modules_to_save") or ())
     if not modules or not kind or HeadSpec(kind).is_vocabulary:
         return None
-    with open_tensors(folder / WEIGHTS_FILE) as f:
+    with open_tensors(folder / weights_name(config)) as f:
         outputs = [
             f.get_slice(name).get_shape()[0]
             for name in f.keys()  # noqa: SIM118 (not a dict)
@@ -257,24 +301,25 @@ def codec_for(config: Mapping[str, Any]) -> Codec:
     raise DataError(listing(f"{CONFIG_FILE} has settings that cannot be honoured", min(refused, key=len)))
 
 
-def read_tensors(folder: Path) -> Tensors:
+def read_tensors(folder: Path, name: str = WEIGHTS_FILE) -> Tensors:
     """All tensors of an adapter folder, in float32.
 
     Raises:
       DataError: there is no safetensors file, it is damaged, or a value is not finite.
     """
-    path = folder / WEIGHTS_FILE
+    path = folder / name
     if not path.exists():
-        pickled = [n for n in ("adapter_model.bin", "adapter_model.pt") if (folder / n).exists()]
+        names = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin")
+        pickled = [n for n in names if (folder / n).exists()]
         also = f"; {pickled[0]} is a pickle, which can run code when opened: convert it" if pickled else ""
-        raise DataError(f"no {WEIGHTS_FILE}{also}")
+        raise DataError(f"no {name}{also}")
     with open_tensors(path) as f:
         raw = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
     tensors = {name: x.astype(np.float32) if x.dtype.kind not in "iub" else x for name, x in raw.items()}
     bad = [name for name, x in tensors.items() if not np.isfinite(x).all()]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(f"{WEIGHTS_FILE} holds NaN or infinity: {', '.join(bad[:5])}{more}")
+        raise DataError(f"{name} holds NaN or infinity: {', '.join(bad[:5])}{more}")
     return tensors
 
 

@@ -1,9 +1,8 @@
-"""Methods that train some of the base's own weights: what they share, `Partial`, `BitFit` and `Norms`.
+"""Methods that train some of the base's own weights: what they share, `Partial` and `BitFit` (see also `ftjax.peft.norms`).
 
     peft=Partial(last=2)                               # the last two layers
     peft=Partial(parts=("norm/*", "layers/q/*"))       # by pattern over the table's names
     peft=BitFit()                                      # every bias (Ben Zaken et al. 2021, arXiv:2106.10199)
-    peft=Norms()                                       # every norm (Zhao et al. 2023, arXiv:2312.11420)
 
 Stacks are cut where training begins, so that nothing below the lowest trained layer is differentiated. What was trained is
 exported as a whole model.
@@ -121,24 +120,12 @@ class BitFit(Selective):
         return _by_kind(table, ("bias",), "bitfit")
 
 
-@register("peft")
-class Norms(Selective):
-    """Every norm of the model, weights and biases (arXiv:2312.11420)."""
-
-    name: Literal["norms"] = "norms"
-
-    def chosen(self, table: Table) -> list[str]:
-        """Leaves of kind "norm", and the biases beside them."""
-        beside = {k.rsplit("/", 1)[0] for k, s in table.items() if s.kind == "norm"}
-        keys = [k for k, s in table.items() if s.kind == "norm" or (s.kind == "bias" and k.rsplit("/", 1)[0] in beside)]
-        return _spelled(keys, table, ("norm",), "norms")
-
-
 def _by_kind(table: Table, kinds: tuple[str, ...], name: str) -> list[str]:
-    return _spelled([k for k, s in table.items() if s.kind in kinds and not k.startswith("head/")], table, kinds, name)
+    return spelled([k for k, s in table.items() if s.kind in kinds and not k.startswith("head/")], table, kinds, name)
 
 
-def _spelled(keys: Iterable[str], table: Table, kinds: tuple[str, ...], name: str) -> list[str]:
+def spelled(keys: Iterable[str], table: Table, kinds: tuple[str, ...], name: str) -> list[str]:
+    """Patterns that cover whole keys; an error that names the method where there are none."""
     found = []
     for key in keys:
         r = ranged(key)

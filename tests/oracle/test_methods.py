@@ -17,6 +17,7 @@ from ftjax.params import bounds, cut  # noqa: E402
 from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
 from ftjax.peft.modules import per_module  # noqa: E402
+from ftjax.peft.norms import Norms, norm_keys  # noqa: E402
 from tests.oracle import apart, our_logits, rows, torch_llama, torch_logits  # noqa: E402
 from tests.oracle.test_decoders import torch_decoder  # noqa: E402
 from tests.oracle.test_encoders import torch_model  # noqa: E402
@@ -213,3 +214,44 @@ def test_other_families_both_ways(tmp_path, family, name):
     want = torch_logits(theirs.eval(), ids, mask)
     ours = our_logits(model, bind(cut(params, bounds(file.overlay)), file.overlay), ids, mask)
     assert apart(ours, want, mask) <= 1e-5 * np.abs(want).max()
+
+
+NORMS = {
+    "llama": (lambda folder: torch_llama(folder), None, "AutoModelForCausalLM"),
+    "some of llama": (
+        lambda folder: torch_llama(folder),
+        r".*\.[02]\.input_layernorm|model\.norm",
+        "AutoModelForCausalLM",
+    ),
+    "gpt2": (lambda folder: torch_decoder(folder, "GPT2", {}), None, "AutoModelForCausalLM"),
+    "bert": (lambda folder: torch_model(folder, "bert", "MaskedLM"), ["LayerNorm"], "AutoModelForMaskedLM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT of every norm
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_both_ways(tmp_path, case):
+    make, targets, auto = NORMS[case]
+    make(tmp_path / "base")
+    auto = getattr(transformers, auto)
+    model, params = hf.load(str(tmp_path / "base"))
+    ids, mask = rows(97)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(auto.from_pretrained(tmp_path / "base"), peft.LNTuningConfig(target_modules=targets))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = load_adapter(tmp_path / "theirs", model.table, params)
+    assert type(file.method) is Norms and not file.overlay
+    want = torch_logits(theirs.eval(), ids, mask)
+    assert apart(our_logits(model, params | file.saved, ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
+
+    moved = {k: np.asarray(params[k]) + 0.1 for k in norm_keys(model.table)}
+    save_adapter(tmp_path / "ours", {}, model.table, Norms(), base_path=str(tmp_path), task_type=None, saved=moved)
+    plain = auto.from_pretrained(tmp_path / "base")
+    without = torch_logits(plain.eval(), ids, mask)
+    want = torch_logits(peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval(), ids, mask)
+    assert apart(our_logits(model, params | moved, ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
+    assert apart(without, want, mask) > 1e-3
