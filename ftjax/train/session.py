@@ -140,7 +140,7 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
     """
     store = jax.device_get(setup.store(state))
     run = setup.run
-    if store["overlay"]:
+    if setup.adapted:
         target = folder / "adapter"
         trained = {k: store["base"][k] for k, v in setup.state.trainable["base"].items() if v is not None}
         save_adapter(

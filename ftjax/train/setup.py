@@ -66,8 +66,10 @@ class Setup:
 
     @property
     def adapted(self) -> bool:
-        """Whether an overlay is trained, rather than the base alone."""
-        return bool(jax.tree.leaves(self.state.trainable["overlay"]))
+        """Whether the result is an adapter: an overlay, or weights of the base for which the method's file has a place."""
+        codec = getattr(self.run.peft, "hf_codec", None)
+        overlay = jax.tree.leaves(self.state.trainable["overlay"])
+        return bool(overlay) or (codec is not None and codec.holds_base(self.model.table))
 
     @property
     def has_tokens(self) -> bool:
