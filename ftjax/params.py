@@ -101,13 +101,23 @@ def leaf(module: nn.Module, name: str, spec: ParamSpec) -> Any:
     return module.get_variable("params", name)
 
 
-def site(module: nn.Module, name: str, value: Any, seq: Any, spec: ParamSpec) -> Any:
-    """`value`, or what the tap bound at this site makes of it (same type and shape out)."""
+def site(module: nn.Module, name: str, value: Any, seq: Any, spec: ParamSpec, **around: Any) -> Any:
+    """`value`, or what the tap bound at this site makes of it (same type and shape out).
+
+    Args:
+      module: the block.
+      name: of the site.
+      value: what the tap may change.
+      seq: the batch.
+      spec: the site in the table.
+      around: what the tap may look at. At a part's output: `residual`, the stream that the output will be added to, and
+        `norm`, what follows that addition (left out where nothing does).
+    """
     if module.is_initializing():
         module.param(name, lambda _: _Declared(jnp.zeros(spec.shape), spec))
         return value
     tap = module.get_variable("params", name)
-    return value if tap is None else tap(value, seq)
+    return value if tap is None else tap(value, seq, **around)
 
 
 def declare(module: nn.Module, *args: Any) -> Table:

@@ -157,11 +157,12 @@ class PostNormBlock(nn.Module):
         kv = KV(k, v, seq.positions, seq.segments)
         kv = site(self, "attn_kv", kv, seq, ParamSpec((N, D // N), ("kv", "head"), "site"))
         a = attend(q, kv, seq, scale=(D // N) ** -0.5, causal=False)
-        a = site(self, "attn_out", self.linear(D, ("heads", "embed"), "o")(a), seq, hidden)
-        h = self.norm("ln1")(h + a)
+        ln1, ln2 = self.norm("ln1"), self.norm("ln2")
+        a = site(self, "attn_out", self.linear(D, ("heads", "embed"), "o")(a), seq, hidden, residual=h, norm=ln1)
+        h = ln1(h + a)
         y = ACTIVATIONS[c.hidden_act](self.linear(c.intermediate_size, ("embed", "mlp"), "up")(h))
-        y = site(self, "mlp_out", self.linear(D, ("mlp", "embed"), "down")(y), seq, hidden)
-        return site(self, "residual", self.norm("ln2")(h + y), seq, hidden), None
+        y = site(self, "mlp_out", self.linear(D, ("mlp", "embed"), "down")(y), seq, hidden, residual=h, norm=ln2)
+        return site(self, "residual", ln2(h + y), seq, hidden), None
 
 
 @register("family", "bert")

@@ -147,10 +147,11 @@ class GPT2Block(nn.Module):
         scale = H**-0.5 if c.scale_by_head else 1.0
         a = attend(q, kv, seq, scale=scale / (jnp.asarray(layer, jnp.float32) + 1) if c.scale_by_layer else scale)
         a = self.linear(D, ("heads", "embed"), "o", "attn.c_proj")(a)
-        h = h + site(self, "attn_out", a, seq, hidden)
+        h = h + site(self, "attn_out", a, seq, hidden, residual=h)
         x = LayerNorm(c.layer_norm_eps, "transformer.h.{}.ln_2", name="ln2")(h)
         y = ACTIVATIONS[c.activation](self.linear(c.intermediate_size, ("embed", "mlp"), "up", "mlp.c_fc")(x))
-        h = h + site(self, "mlp_out", self.linear(D, ("mlp", "embed"), "down", "mlp.c_proj")(y), seq, hidden)
+        y = self.linear(D, ("mlp", "embed"), "down", "mlp.c_proj")(y)
+        h = h + site(self, "mlp_out", y, seq, hidden, residual=h)
         return site(self, "residual", h, seq, hidden), cache
 
 

@@ -129,12 +129,12 @@ class GPTNeoXBlock(nn.Module):
         kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
         a = attend(q, kv, seq, scale=H**-0.5)
         a = self.linear(D, ("heads", "embed"), "o", "attention.dense", c.attention_bias)(a)
-        a = site(self, "attn_out", a, seq, hidden)
+        a = site(self, "attn_out", a, seq, hidden, residual=h)
         middle = h + a
         x = self.norm("ln2", "post_attention_layernorm")(h if c.use_parallel_residual else middle)
         up = self.linear(c.intermediate_size, ("embed", "mlp"), "up", "mlp.dense_h_to_4h")(x)
         y = self.linear(D, ("mlp", "embed"), "down", "mlp.dense_4h_to_h")(ACTIVATIONS[c.hidden_act](up))
-        h = middle + site(self, "mlp_out", y, seq, hidden)
+        h = middle + site(self, "mlp_out", y, seq, hidden, residual=h if c.use_parallel_residual else middle)
         return site(self, "residual", h, seq, hidden), cache
 
 

@@ -171,9 +171,9 @@ class LlamaBlock(nn.Module):
                      "post_feedforward_layernorm"),
         }[norms]  # fmt: skip
         a, cache = self.attention(self.norm("ln1", names[0])(h), seq, layer, cache)
-        h = h + self.norm("post1", names[1])(site(self, "attn_out", a, seq, self.hidden_site))
+        h = h + self.norm("post1", names[1])(site(self, "attn_out", a, seq, self.hidden_site, residual=h))
         y = self.mlp(self.norm("ln2", names[2])(h))
-        h = h + self.norm("post2", names[3])(site(self, "mlp_out", y, seq, self.hidden_site))
+        h = h + self.norm("post2", names[3])(site(self, "mlp_out", y, seq, self.hidden_site, residual=h))
         return site(self, "residual", h, seq, self.hidden_site), cache
 
     @property

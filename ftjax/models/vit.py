@@ -124,11 +124,11 @@ class ViTBlock(nn.Module):
         c = self.config
         spec = ParamSpec((c.hidden_size,), ("embed",), "site")
         a = self.attention(LayerNorm(c.layer_norm_eps, f"{_LAYER}.layernorm_before", name="ln1")(h), seq)
-        h = h + site(self, "attn_out", a, seq, spec)
+        h = h + site(self, "attn_out", a, seq, spec, residual=h)
         x = LayerNorm(c.layer_norm_eps, f"{_LAYER}.layernorm_after", name="ln2")(h)
         x = self.linear(c.intermediate_size, ("embed", "mlp"), "up", "intermediate.dense")(x)
         y = self.linear(c.hidden_size, ("mlp", "embed"), "down", "output.dense")(ACTIVATIONS[c.hidden_act](x))
-        h = h + site(self, "mlp_out", y, seq, spec)
+        h = h + site(self, "mlp_out", y, seq, spec, residual=h)
         return site(self, "residual", h, seq, spec)
 
     def linear(self, out: int, axes: tuple[str, str], name: str, hf: str, *, bias: bool = True) -> Linear:

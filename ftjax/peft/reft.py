@@ -20,7 +20,7 @@ from flax import struct
 from pydantic import Field
 
 from ftjax.errors import ConfigError
-from ftjax.params import ParamSpec, Store, Table, layer_keys, ranged, spec_of
+from ftjax.params import ParamSpec, Store, Table, layer_keys, ranged, spec_of, unranged
 from ftjax.peft.base import FROZEN, Overlay, subset
 from ftjax.registry import register
 from ftjax.rows import places
@@ -124,6 +124,8 @@ class ReFT(Component):
             raise ConfigError(
                 f"peft={self.name}: the model has no prompt of tokens whose hidden values could be edited"
             )
+        reader = unranged(sites[0])  # of an encoder and a decoder, the one that reads the prompt
+        sites = [k for k in sites if unranged(k) == reader]
         beyond = [i for i in self.layers if not 0 <= i < max(r.stop for k in sites if (r := ranged(k)))]
         if beyond:
             raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
