@@ -195,10 +195,10 @@ def test_the_cache_exists_once(layers):
     ids = jax.ShapeDtypeStruct((B, P), jnp.int32)
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: model.new_cache(B, length))))
 
-    first = prefill.lower(model, params, ids, rows, rules, length=length).compile().memory_analysis()
+    first = prefill.lower(model, params, ids, rows.lengths, rows, rules, room=length - P).compile().memory_analysis()
     assert cache <= first.output_size_in_bytes < 1.1 * cache
     assert first.temp_size_in_bytes < 0.4 * cache
-    carry = jax.eval_shape(lambda p, i: prefill(model, p, i, rows, rules, length=length), params, ids)
+    carry = jax.eval_shape(lambda p, i: prefill(model, p, i, rows.lengths, rows, rules, room=length - P), params, ids)
     more = advance.lower(model, params, carry, rows, rules, jnp.int32(8)).compile().memory_analysis()
     assert more.alias_size_in_bytes >= cache
     assert more.temp_size_in_bytes < 0.4 * cache
@@ -255,7 +255,7 @@ def test_decoding_stops_on_the_device_when_all_rows_have_ended():
     rows = Rows(jnp.array([4, 4]), jnp.array([32, 3]), row_keys(prompts, 0))
     ids = np.zeros((2, 16), np.int32)
     ids[:, 12:] = prompts
-    carry = prefill(model, params, ids, rows, rules, length=48)
+    carry = prefill(model, params, ids, rows.lengths, rows, rules, room=32)
     carry, tokens = advance(model, params, carry, rows, rules, jnp.int32(31))
     assert int(carry.count) == at + 1
     assert tokens[0].tolist() == [*free[0][1 : at + 1], *[0] * (64 - at)]
@@ -464,7 +464,7 @@ def test_a_stream_is_the_answer_in_pieces(tokenizer, stop, monkeypatch):
     for _ in range(60):
         ids = utterance(tokenizer, rng)
         prompt = [1, 3] if tokenizer.bos_token_id == 1 else [40, 41]
-        monkeypatch.setattr(api, "prompt_ids", lambda *_, p=prompt: np.array(p))
+        monkeypatch.setattr(api, "prompt_ids", lambda *_, p=prompt, **options: np.array(p))
         say(monkeypatch, ids, rng)
         pieces = list(api.stream(model, params, tokenizer, "x", Sampling(temperature=1.0, stop=stop)))
         whole = api.completion(tokenizer, prompt, ids, stop)
@@ -480,7 +480,7 @@ def test_a_stream_is_the_answer_in_pieces(tokenizer, stop, monkeypatch):
 
 def test_characters_arrive_whole(fallback, monkeypatch):
     model = tiny.llama(**WANDERING)
-    monkeypatch.setattr(api, "prompt_ids", lambda *_: np.array([1, 3]))
+    monkeypatch.setattr(api, "prompt_ids", lambda *_, **options: np.array([1, 3]))
     say(monkeypatch, [4, *bytes_of(fallback, "😀你"), 5], np.random.default_rng(0))
     pieces = list(api.stream(model, tiny.weights(model), fallback, "x", Sampling()))
     assert pieces == [" cat", "😀你 sat"]

@@ -16,6 +16,7 @@ from ftjax.data.images import ImageBatch
 from ftjax.data.labels import LabelBatch
 from ftjax.data.masking import MaskBatch
 from ftjax.data.pairs import PairBatch
+from ftjax.data.seq2seq import SeqBatch
 from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
 from ftjax.models.llama import Llama, LlamaConfig, Rope
@@ -115,7 +116,15 @@ def images(rows: int, *, classes: int = 3, seed: int = 0) -> ImageBatch:
     return ImageBatch(pixels, rng.integers(0, classes, rows).astype(np.int32), weights)
 
 
+def answered(rows: int, *, seed: int = 0) -> SeqBatch:
+    """Random sources and answers of unequal lengths, [rows, T]."""
+    one, two = labelled(rows, seed=seed), labelled(rows, seed=seed + 1)
+    real = (np.asarray(two.segments) == 0).astype(np.float32)
+    return SeqBatch(one.tokens, one.positions, one.segments, two.tokens, real)
+
+
 BATCHES: dict[type, Any] = {
+    SeqBatch: answered,
     ImageBatch: images,
     MaskBatch: masked,
     TokenBatch: batch,

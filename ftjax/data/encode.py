@@ -223,28 +223,29 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.n
 
 
 def _adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    ids: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
+    return bool(ids) and ids[-1] == tokenizer.eos_token_id
 
 
-def _ending(tokenizer: PreTrainedTokenizerBase) -> str:
+def ending(tokenizer: PreTrainedTokenizerBase) -> str:
     """What ends a text: the EOS token, unless the tokenizer adds it by itself or has none."""
     return "" if tokenizer.eos_token is None or _adds_eos(tokenizer) else str(tokenizer.eos_token)
 
 
-def _with_end(text: str, end: str) -> str:
+def with_end(text: str, end: str) -> str:
     return text if end and text.endswith(end) else text + end
 
 
 def _texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Item]:
-    end = _ending(tokenizer)
-    for ids in _tokenize(tokenizer, [r["text"] if r.get("continues") else _with_end(r["text"], end) for r in rows]):
+    end = ending(tokenizer)
+    for ids in _tokenize(tokenizer, [r["text"] if r.get("continues") else with_end(r["text"], end) for r in rows]):
         yield ids, np.ones(len(ids), np.float32)
 
 
 def _pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, mask: str) -> Iterator[Item]:
-    end = _ending(tokenizer)
+    end = ending(tokenizer)
     prompts = _tokenize(tokenizer, [r["prompt"] for r in rows])
-    whole = _tokenize(tokenizer, [r["prompt"] + _with_end(r["completion"], end) for r in rows])
+    whole = _tokenize(tokenizer, [r["prompt"] + with_end(r["completion"], end) for r in rows])
     for prompt, ids in zip(prompts, whole, strict=True):
         yield ids, _after_prompt(prompt, ids) if mask == "completion" else np.ones(len(ids), np.float32)
 
@@ -332,16 +333,16 @@ def _warnings(report: EncodeReport, out: _Builder, bad: BadRows) -> Iterator[str
 
 
 def encode_prompt(
-    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str = ""
+    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str = "", *, end: bool = False
 ) -> np.ndarray:
-    """Token ids of a prompt as it stands in front of its completion in training, int32 [n].
+    """Token ids of a prompt as it stands in front of its completion in training, int32 [n]; `end` leaves a text's EOS on.
 
     Raises:
       DataError: the chat template refuses the messages.
     """
     if isinstance(prompt, str):
         ids = _tokenize(tokenizer, [prompt])[0]
-        return ids[:-1] if _adds_eos(tokenizer) else ids
+        return ids[:-1] if _adds_eos(tokenizer) and not end else ids
     rendered = render_chats(tokenizer, template, [Chat(prompt, prompt=True)])[0]
     if rendered.refusal:
         raise DataError(rendered.refusal)

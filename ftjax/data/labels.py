@@ -240,7 +240,7 @@ def encode_labelled(
     if problem != REGRESSION and len(names) < 2:
         raise DataError(f"every row has the label {', '.join(names)}: there is nothing to tell apart")
     values = _values(rows, names, problem)
-    ids, types, full, kept = _tokenized(rows, tokenizer, loader)
+    ids, types, full, kept = tokenized(rows, tokenizer, loader)
     long = [i for i, n in enumerate(full) if n > loader.max_length]
     dropped = len(rows) - len(kept)
     if not kept and required:
@@ -259,7 +259,7 @@ def encode_labelled(
     return Encoded(examples, report)
 
 
-def _tokenized(rows: Sequence[Row], tokenizer: Any, loader: Loader) -> tuple[list, list, list[int], list[int]]:
+def tokenized(rows: Sequence[Row], tokenizer: Any, loader: Loader) -> tuple[list, list, list[int], list[int]]:
     """(token ids, token types, lengths before any cut, rows kept); what is too long is cut, dropped or refused.
 
     Raises:

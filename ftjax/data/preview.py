@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ftjax.data.batches import Example, Examples
 from ftjax.data.labels import LabelledExamples
 from ftjax.data.pairs import PairExamples
+from ftjax.data.seq2seq import SeqExamples
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ def _pairs(examples: PairExamples, tokenizer: Any, n: int = 2) -> list[PreviewEx
         for name, side in zip(names, (examples.first, examples.second), strict=False):
             shown = _show(side[i], tokenizer)
             found.append(replace(shown, origin=f"{shown.origin} ({name})"))
+    return found
+
+
+@preview.register
+def _answered(examples: SeqExamples, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
+    found = []
+    for i in range(min(n, len(examples))):
+        read, said = examples.sources[i].input_ids, examples.answers[i].input_ids
+        source, answer = (str(tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in (read, said))
+        spans = (Span(source, False), Span(f" -> {answer}", True))
+        stops = bool((said == tokenizer.eos_token_id).any())
+        found.append(PreviewExample(examples.origin(i), spans, len(read) + len(said), len(said), stops))
     return found
 
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from ftjax.data.encode import encode_prompt
 from ftjax.errors import ConfigError, DataError
-from ftjax.generate.decode import CHUNK, decode, soft_columns
+from ftjax.generate.decode import CHUNK, Speaker, decode, soft_columns
 from ftjax.generate.sampling import Sampling
-from ftjax.models.transformer import Decoder
 from ftjax.params import Store
 
 LOOK = 16  # tokens between two looks for stop texts
@@ -26,7 +25,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def generate(
-    model: Decoder,
+    model: Speaker,
     params: Store,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -41,7 +40,7 @@ def generate(
     """Continues each prompt; see `Sampling` for the options. An answer does not depend on the rest of the batch.
 
     Args:
-      model: a decoder.
+      model: a decoder, or an encoder with one.
       params: its weights, adapters in place.
       tokenizer: of transformers; begins the prompt as it begins every text.
       prompts: texts. Equal ones are drawn independently.
@@ -58,13 +57,18 @@ def generate(
         raise ConfigError(f"prompts={prompts[:40]!r}: expected a list of texts, got one text. Write [text]")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, stops, seed, min_p)
-    ids = [prompt_ids(tokenizer, p) for p in prompts]
+    ids = [prompt_ids(tokenizer, p, end=model.reads_apart) for p in prompts]
     answers = generate_ids(model, params, tokenizer, ids, sampling)
-    return [completion(tokenizer, p, a, stops) for p, a in zip(ids, answers, strict=True)]
+    return [completion(tokenizer, continued(model, p), a, stops) for p, a in zip(ids, answers, strict=True)]
+
+
+def continued(model: Speaker, prompt: np.ndarray) -> Sequence[int] | np.ndarray:
+    """The tokens that an answer goes on from: the prompt's, unless an encoder reads that apart."""
+    return () if model.reads_apart else prompt
 
 
 def generate_ids(
-    model: Decoder, params: Store, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+    model: Speaker, params: Store, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: Sampling
 ) -> list[list[int]]:
     """Token ids that continue each prompt: without the EOS that ends them, and up to the token that completes a stop text.
 
@@ -80,16 +84,18 @@ def generate_ids(
             if stopped[i] or not tokens:
                 continue
             answers[i] += tokens
-            if sampling.stop and _stops(tokenizer, prompts[i], _whole(tokenizer, answers[i]), sampling.stop):
+            if sampling.stop and _stops(
+                tokenizer, continued(model, prompts[i]), _whole(tokenizer, answers[i]), sampling.stop
+            ):
                 stopped[i] = True
-                while _stops(tokenizer, prompts[i], answers[i][:-1], sampling.stop):
+                while _stops(tokenizer, continued(model, prompts[i]), answers[i][:-1], sampling.stop):
                     answers[i].pop()
         if all(stopped):
             break
     return answers
 
 
-def stream(model: Decoder, params: Store, tokenizer: Any, prompt: str, sampling: Sampling) -> Iterator[str]:
+def stream(model: Speaker, params: Store, tokenizer: Any, prompt: str, sampling: Sampling) -> Iterator[str]:
     """The continuation of one prompt, piece by piece; joined, the pieces are what `generate` returns.
 
     A piece never splits a character or a run of byte tokens, nor shows the beginning of a stop text.
@@ -97,12 +103,13 @@ def stream(model: Decoder, params: Store, tokenizer: Any, prompt: str, sampling:
     Raises:
       DataError: the prompt is empty or leaves no room in the model's context.
     """
-    ids, stop = prompt_ids(tokenizer, prompt), sampling.stop
+    ids, stop = prompt_ids(tokenizer, prompt, end=model.reads_apart), sampling.stop
+    before = continued(model, ids)
     answer: list[int] = []
     given = 0
     for new in _decode(model, params, tokenizer, [ids], sampling, every=FLOW):
         answer += new[0]
-        text = completion(tokenizer, ids, _whole(tokenizer, answer))
+        text = completion(tokenizer, before, _whole(tokenizer, answer))
         if any(s in text for s in stop):
             break
         safe = len(text.rstrip("\ufffd"))
@@ -110,7 +117,7 @@ def stream(model: Decoder, params: Store, tokenizer: Any, prompt: str, sampling:
         if safe > given:
             yield text[given:safe]
             given = safe
-    if rest := completion(tokenizer, ids, answer, stop)[given:]:
+    if rest := completion(tokenizer, before, answer, stop)[given:]:
         yield rest
 
 
@@ -136,13 +143,13 @@ def completion(
     return text[: min(found)[1]] if found else text
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> np.ndarray:
-    """Token ids of a prompt, begun as the tokenizer begins a text and without an end, int32 [n].
+def prompt_ids(tokenizer: Any, prompt: str, *, end: bool = False) -> np.ndarray:
+    """Token ids of a prompt, begun as the tokenizer begins a text and, where `end` is false, without an end, int32 [n].
 
     Raises:
       DataError: nothing is left to start from.
     """
-    ids = encode_prompt(prompt, tokenizer)
+    ids = encode_prompt(prompt, tokenizer, end=end)
     if not len(ids) and tokenizer.bos_token_id is not None:
         ids = np.array([tokenizer.bos_token_id], np.int32)
     if not len(ids):
@@ -150,21 +157,21 @@ def prompt_ids(tokenizer: Any, prompt: str) -> np.ndarray:
     return ids
 
 
-def eos_ids(model: Decoder, tokenizer: Any) -> list[int]:
+def eos_ids(model: Speaker, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's and those of the model's config."""
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return sorted({*own, *model.config.eos_token_id})
 
 
 def _decode(
-    model: Decoder, params: Store, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: Sampling, *, every: int
+    model: Speaker, params: Store, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: Sampling, *, every: int
 ) -> Iterator[list[list[int]]]:
     limits = _limits(model, params, prompts, sampling.max_new_tokens)
     ends, pad = eos_ids(model, tokenizer), int(tokenizer.pad_token_id or 0)
     return decode(model, params, prompts, sampling, limits=limits, eos=ends, pad=pad, every=every)
 
 
-def _limits(model: Decoder, params: Store, prompts: Sequence[np.ndarray], wanted: int) -> list[int]:
+def _limits(model: Speaker, params: Store, prompts: Sequence[np.ndarray], wanted: int) -> list[int]:
     """Most new tokens per prompt, within the model's context; warns where that is less than wanted.
 
     Raises:
@@ -172,7 +179,9 @@ def _limits(model: Decoder, params: Store, prompts: Sequence[np.ndarray], wanted
     """
     # A prefix has no columns of its own, but the tokens' positions begin behind it all the same.
     soft = max(soft_columns(model, params), getattr(params.get("input/tap"), "shift", 0))
-    size = model.config.max_position_embeddings
+    size = model.context
+    if size is None:
+        return [wanted] * len(prompts)
     context = f"the model's context of {size}" + (f" less {soft} for the soft prompt" if soft else "")
     room = [size - soft - len(p) for p in prompts]
     tightest = min(range(len(prompts)), key=room.__getitem__)

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,25 @@ import numpy as np
 from flax import struct
 
 from ftjax.generate.sampling import Sampling, SamplingArrays, draw
-from ftjax.models.transformer import Decoder
-from ftjax.ops import PAD_SEGMENT
+from ftjax.models.base import Output
 from ftjax.params import nest
 
 CHUNK = 64  # most tokens per call; fewer where the host looks at the text in between
+
+
+class Speaker(Protocol):
+    """A model that answers: a `Decoder`, or one that reads the prompt apart (T5)."""
+
+    reads_apart: ClassVar[bool]
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def context(self) -> int | None: ...
+    def before(self, lengths: np.ndarray) -> np.ndarray: ...
+    def begin(self, params: Any, ids: jax.Array, lengths: jax.Array, *, room: int, soft: int) -> Output: ...
+    def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any: ...
+    def apply(self, params: Any, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True) -> Output: ...
 
 
 @struct.dataclass
@@ -34,7 +48,7 @@ class Rows:
     """What stays the same while a batch is decoded.
 
     Attributes:
-      lengths: tokens of the prompts [B].
+      lengths: tokens before the first of each answer [B].
       limits: most new tokens [B].
       keys: one per row [B].
     """
@@ -85,31 +99,25 @@ def bucket(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def soft_columns(model: Decoder, params: Any) -> int:
+def soft_columns(model: Speaker, params: Any) -> int:
     """Columns that a soft prompt in `params` puts in front of the tokens."""
     one = {"input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
     return jax.eval_shape(lambda p, x: model.enter(nest(p), x, first=True).positions, params, one).shape[1] - 1
 
 
-@partial(jax.jit, static_argnames=("model", "length"))
-def prefill(model: Decoder, params: Any, ids: jax.Array, rows: Rows, rules: Rules, *, length: int) -> Carry:
-    """Reads left-padded prompts [B, P] into a new cache of `length` columns, and gives the first token."""
-    B, P = ids.shape
-    column = jnp.arange(P, dtype=jnp.int32)[None] - (P - rows.lengths)[:, None]
-    inputs = {
-        "input_ids": ids,
-        "positions": jnp.maximum(column, 0),
-        "segments": jnp.where(column >= 0, 0, PAD_SEGMENT),
-        "prompt_len": jnp.broadcast_to(rows.lengths[:, None], (B, P)),
-    }
-    out = model.apply(params, inputs, cache=model.new_cache(B, length))
+@partial(jax.jit, static_argnames=("model", "room"))
+def prefill(
+    model: Speaker, params: Any, ids: jax.Array, lengths: jax.Array, rows: Rows, rules: Rules, *, room: int
+) -> Carry:
+    """Reads left-padded prompts [B, P] of `lengths` [B] into a new cache, and gives the first of up to `room` tokens."""
+    out = model.begin(params, ids, lengths, room=room, soft=soft_columns(model, params))
     token = rules.choose(out.head(out.hidden[:, -1]).astype(jnp.float32), rows, jnp.int32(0))
     return Carry(out.cache, token, jnp.int32(1), rules.ended(token, rows, jnp.int32(1)))
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("carry",))
 def advance(
-    model: Decoder, params: Any, carry: Carry, rows: Rows, rules: Rules, steps: jax.Array
+    model: Speaker, params: Any, carry: Carry, rows: Rows, rules: Rules, steps: jax.Array
 ) -> tuple[Carry, jax.Array]:
     """Up to `steps` (at most CHUNK) more tokens for every row, less where all rows have ended.
 
@@ -154,7 +162,7 @@ def row_keys(prompts: Sequence[np.ndarray], seed: int) -> jax.Array:
 
 
 def decode(
-    model: Decoder,
+    model: Speaker,
     params: Any,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
@@ -167,7 +175,7 @@ def decode(
     """Answers to token prompts, piece by piece: first one token, then up to `every`, until all rows have ended.
 
     Args:
-      model: a decoder.
+      model: a decoder, or an encoder with one.
       params: with adapters in place.
       prompts: token ids, each at least one.
       sampling: how to choose; its `max_new_tokens` and stop texts are the caller's business.
@@ -184,12 +192,11 @@ def decode(
     ids = np.full((len(prompts), width), pad, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[width - len(prompt) :] = prompt
-    length = soft_columns(model, params) + width + bucket(max(limits))
     numbers = SamplingArrays.of(sampling) if sampling.temperature > 0 else None
     rules = Rules(numbers, jnp.asarray(list(eos) or [-1], jnp.int32), jnp.int32(pad))
-    rows = Rows(jnp.asarray(lengths), jnp.asarray(limits, jnp.int32), row_keys(prompts, sampling.seed))
+    rows = Rows(jnp.asarray(model.before(lengths)), jnp.asarray(limits, jnp.int32), row_keys(prompts, sampling.seed))
 
-    carry = prefill(model, params, ids, rows, rules, length=length)
+    carry = prefill(model, params, ids, lengths, rows, rules, room=bucket(max(limits)))
     piece, count = np.asarray(carry.token)[:, None], 1
     open_, left = [True] * len(prompts), list(limits)
     while True:

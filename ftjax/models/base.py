@@ -122,6 +122,12 @@ class Model:
     shared_head: ClassVar[tuple[str, ...]] = ()
     """Patterns of names in the file, of a head, that mean the same in every head: a new one begins with them."""
 
+    reads_apart: ClassVar[bool] = False
+    """Whether an encoder reads the prompt, so that an answer does not continue it."""
+
+    unties: ClassVar[bool] = False
+    """Whether files say that the head is tied even where they hold another (T5 as transformers 5 saves it)."""
+
     buffers: ClassVar[tuple[str, ...]] = ()
     """Patterns of names in the file that carry no parameter."""
 

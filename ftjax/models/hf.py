@@ -32,6 +32,7 @@ from ftjax.models.base import Model, Numerics
 from ftjax.models.folder import resolve, stream, tensor_files
 from ftjax.models.tensors import Place, load_table, to_file_tensors
 from ftjax.params import Store, init_leaf, key_of
+from ftjax.quant.base import Storage
 from ftjax.safefiles import read_json
 
 SHARD_BYTES = 4 * 1024**3
@@ -98,6 +99,7 @@ def load(
     seed: int = 0,
     place: Callable[[Model], Place] | None = None,
     say: Callable[[str], None] = warnings.warn,
+    storage: Storage | None = None,
 ) -> tuple[Model, Store]:
     """A model folder or hub id as (model, params).
 
@@ -109,20 +111,23 @@ def load(
       seed: of a head that the files do not have.
       place: given the model, makes device arrays (see `load_table`).
       say: told of a new head, and of one in the files that is left out.
+      storage: how the blocks' kernels are held; None: as plain arrays.
 
     Raises:
       DataError: see `model_of`, `tensor_files` and `load_table`.
     """
     folder = resolve(path_or_id)
     config = read_json(folder / "config.json")
-    model = model_of(config, numerics or Numerics(dtype=dtype), head)
     files = tensor_files(folder)
+    model = model_of(config, numerics or Numerics(dtype=dtype), head)
+    if model.unties and _differ(files, *_tied_names(model)):
+        model = model_of({**config, "tie_word_embeddings": False}, numerics or Numerics(dtype=dtype), head)
     loading = _Loading(model, head_of(type(model), config), _names(files), seed)
     if loading.tied:
         _check_tied(files, *loading.tied)
     params = load_table(
         model.table, files, dtype=jnp.dtype(dtype), rename=loading.rename, ignore=loading.ignore,
-        absent=loading.absent, place=place(model) if place else None,
+        absent=loading.absent, place=place(model) if place else None, storage=storage,
     )  # fmt: skip
     for line in loading.notes():
         say(f"{folder}: {line}")
@@ -166,7 +171,7 @@ class _Loading:
     @property
     def tied(self) -> tuple[str, str] | None:
         """Names of the embedding and of the output head where these are one tensor."""
-        names = getattr(self.model, "embed_hf", ""), getattr(self.model, "head_hf", "")
+        names = _tied_names(self.model)
         return names if getattr(self.model.config, "tie_word_embeddings", False) and all(names) else None
 
     @cached_property
@@ -221,11 +226,20 @@ def _names(files: list[Path]) -> frozenset[str]:
     return frozenset(name for name, _ in stream(files))
 
 
-def _check_tied(files: list[Path], embed: str, head: str) -> None:
-    """A tied head may stand in the files as a copy. Where the values differ transformers unties it; we refuse that."""
+def _tied_names(model: Model) -> tuple[str, str]:
+    return getattr(model, "embed_hf", ""), getattr(model, "head_hf", "")
+
+
+def _differ(files: list[Path], embed: str, head: str) -> bool:
+    """Whether the files hold a head that is not the embedding."""
     copies = {name for name, _ in stream(files)} >= {embed, head}
     found = {name: tensor() for name, tensor in stream(files) if copies and name in (embed, head)}
-    if copies and not np.array_equal(found[embed], found[head]):
+    return copies and not np.array_equal(found[embed], found[head])
+
+
+def _check_tied(files: list[Path], embed: str, head: str) -> None:
+    """A tied head may stand in the files as a copy. Where the values differ transformers unties it; we refuse that."""
+    if _differ(files, embed, head):
         raise DataError(
             f"config.json: tie_word_embeddings is true, but {head} differs from {embed} in the files. "
             "Set it to false to use the head as it is"

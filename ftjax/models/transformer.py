@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from ftjax import ops
@@ -25,7 +26,7 @@ from ftjax.params import ParamSpec, Store, Table, declare, leaf, nest, site, sta
 from ftjax.rows import places
 
 
-class _Input(nn.Module):
+class SoftInput(nn.Module):
     """Declares the site where soft prompts enter."""
 
     dim: int
@@ -107,11 +108,16 @@ class Transformer(Model):
         norm = self.norm
         return {
             **declare(self.entrance, ids, seq),
-            **{f"input/{k}": s for k, s in declare(_Input(c.hidden_size), seq).items()},
+            **{f"input/{k}": s for k, s in declare(SoftInput(c.hidden_size), seq).items()},
             **stack(declare(self.block, h, seq, 0, None), c.num_hidden_layers),
             **({f"norm/{k}": s for k, s in declare(norm, h).items()} if norm else {}),
             **declare(self.head_module, h, seq, embedding),
         }
+
+    @property
+    def context(self) -> int | None:
+        """The longest text, answer included; None where there is no end to it."""
+        return self.config.max_position_embeddings
 
     def apply(
         self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True, train: bool = False
@@ -156,7 +162,7 @@ class Transformer(Model):
         # Virtual tokens (a prompt's, a prefix's) come first: the tokens' positions begin behind them.
         seq = dc.replace(seq, positions=seq.positions + getattr(p.get("input", {}).get("tap"), "shift", 0))
         seq = dc.replace(seq, h=self.entrance.apply({"params": p}, inputs, seq))
-        return _Input(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
+        return SoftInput(self.config.hidden_size).apply({"params": p.get("input", {})}, seq)
 
     def positions(self, inputs: dict[str, jax.Array]) -> jax.Array:
         """Positions [B, T] of a batch that does not bring its own: real tokens counted from 0."""
@@ -215,6 +221,30 @@ class Decoder(Transformer):
         kv = jnp.zeros((c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim), self.dtype)
         flat = jnp.zeros((batch, length), jnp.int32)
         return Cache(kv, kv, flat, jnp.full_like(flat, ops.PAD_SEGMENT), jnp.zeros((), jnp.int32))
+
+    def before(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens before the first of an answer to prompts of these lengths [B]: those of the prompt."""
+        return lengths
+
+    def begin(self, params: Any, ids: jax.Array, lengths: jax.Array, *, room: int, soft: int) -> Output:
+        """Reads left-padded prompts into a new cache; the last column gives the first token of the answer.
+
+        Args:
+          params: adapters in place.
+          ids: [B, P].
+          lengths: tokens of the prompts [B].
+          room: columns for the answer.
+          soft: columns that a soft prompt takes.
+        """
+        B, P = ids.shape
+        column = jnp.arange(P, dtype=jnp.int32)[None] - (P - lengths)[:, None]
+        inputs = {
+            "input_ids": ids,
+            "positions": jnp.maximum(column, 0),
+            "segments": jnp.where(column >= 0, 0, ops.PAD_SEGMENT),
+            "prompt_len": jnp.broadcast_to(lengths[:, None], (B, P)),
+        }
+        return self.apply(params, inputs, cache=self.new_cache(B, soft + P + room))
 
 
 def decoder_heads(name: str) -> dict[str, str]:

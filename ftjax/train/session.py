@@ -18,11 +18,12 @@ from ftjax.data.layouts import layout_of
 from ftjax.data.pipeline import eval_batches, permutation
 from ftjax.data.task import Prompt
 from ftjax.evals.text import scores
-from ftjax.generate.api import completion, generate_ids
+from ftjax.generate.api import completion, continued, generate_ids
 from ftjax.generate.sampling import Sampling
 from ftjax.models import hf
 from ftjax.peft.base import bind, merge
 from ftjax.peft.interop import TASK_TYPES, save_adapter
+from ftjax.quant.base import unpack_store
 from ftjax.train.setup import Setup, compile_eval
 from ftjax.train.state import State
 
@@ -92,16 +93,18 @@ class Evaluator:
         """Answers to the fixed held-out prompts, and the task's metrics over them."""
         s, e = self.setup, self.setup.run.evaluate
         wanted = max(e.generate, e.metric_examples if s.run.data.metrics else 0)
-        speaks = s.model.head.kind == "causal_lm"
+        speaks = s.model.head.kind in ("causal_lm", "seq2seq_lm")
         prompts: list[Prompt] = s.run.data.prompts(wanted) if wanted and speaks else []
         if not prompts:
             return [], {}
-        ids = [encode_prompt(p.prompt, s.tokenizer, s.data.template) for p in prompts]
-        room = s.model.config.max_position_embeddings - e.max_new_tokens
-        kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if len(i) <= room]
+        ids = [encode_prompt(p.prompt, s.tokenizer, s.data.template, end=s.model.reads_apart) for p in prompts]
+        size = s.model.context
+        kept = [
+            (p, i) for p, i in zip(prompts, ids, strict=True) if size is None or len(i) <= size - e.max_new_tokens
+        ]
         sampling = Sampling(max_new_tokens=e.max_new_tokens)
         tokens = generate_ids(s.model, self.policy(state), s.tokenizer, [i for _, i in kept], sampling)
-        texts = [completion(s.tokenizer, i, t) for (_, i), t in zip(kept, tokens, strict=True)]
+        texts = [completion(s.tokenizer, continued(s.model, i), t) for (_, i), t in zip(kept, tokens, strict=True)]
         found = [Answer(shown(p.prompt), t, p.reference) for (p, _), t in zip(kept, texts, strict=True)]
         measured = found[: e.metric_examples]
         values = scores(s.run.data.metrics, [a.completion for a in measured], [a.reference for a in measured])
@@ -142,13 +145,13 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
     run = setup.run
     if setup.adapted:
         target = folder / "adapter"
-        trained = {k: store["base"][k] for k, v in setup.state.trainable["base"].items() if v is not None}
+        trained = {k: store["base"][k] for k, v in setup.state.trainable["base"].items() if jax.tree.leaves(v)}
         save_adapter(
             target, params.join(store["overlay"]), setup.model.table, run.peft, base_path=run.model.label, card=card,
             task_type=TASK_TYPES.get(setup.model.head.kind), saved=params.join(trained),
         )  # fmt: skip
         return target
-    return write_model(setup, params.join(store["base"]), folder / "model", card=card)
+    return write_model(setup, params.join(unpack_store(store["base"])), folder / "model", card=card)
 
 
 def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str) -> Path:

@@ -1,0 +1,153 @@
+"""A source and an answer each, read by two sides of a model: rows to examples to batches, for sequence to sequence.
+
+    typed = type_rows(rows)                                      # prompt, completion
+    encoded = encode_seq2seq(typed, tokenizer, Loader(max_length=512))
+    encoded.examples.build([[0], [1]], 512)                      # SeqBatch of two rows
+
+Both texts end as the tokenizer ends a text; the answer gets an EOS where it does not. Each is cut, dropped or refused by
+`loader.max_length` on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from flax import struct
+from jaxtyping import Float32, Int32
+from transformers import PreTrainedTokenizerBase
+
+from ftjax.config import Loader
+from ftjax.data.batches import Examples, build_rows
+from ftjax.data.encode import Encoded, EncodeReport, ending, with_end
+from ftjax.data.formats import DatasetType, TypedRows
+from ftjax.data.labels import tokenized
+from ftjax.data.rows import BadRows, Row
+from ftjax.errors import DataError
+
+
+@struct.dataclass
+class SeqBatch:
+    """Sources with their answers; leading axes are free: [B, T] or [accumulate, B, T].
+
+    Attributes:
+      tokens, positions, segments: of the sources, as in `TokenBatch`.
+      labels: tokens of the answers; 0 at padding.
+      weights: 1 at the tokens of the answers, 0 at padding.
+    """
+
+    tokens: Int32[Any, "*b t"]
+    positions: Int32[Any, "*b t"]
+    segments: Int32[Any, "*b t"]
+    labels: Int32[Any, "*b t"]
+    weights: Float32[Any, "*b t"]
+
+
+@dataclass(frozen=True)
+class SeqExamples:
+    """Encoded sources and answers, one of each per row."""
+
+    sources: Examples
+    answers: Examples
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the longer text of each row, int64 [examples]."""
+        return np.maximum(self.sources.lengths, self.answers.lengths)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Index of the source row of each example."""
+        return self.sources.rows
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Place of each source row."""
+        return self.sources.origins
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def origin(self, i: int) -> str:
+        """Where the row of example i stands."""
+        return self.sources.origin(i)
+
+    def take(self, indices: np.ndarray) -> SeqExamples:
+        """The examples at `indices`, in that order."""
+        return replace(self, sources=self.sources.take(indices), answers=self.answers.take(indices))
+
+    def build(
+        self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
+    ) -> SeqBatch:
+        """A batch with one example per row; rows beyond `rows` are padding."""
+        read = build_rows([[self.sources[i]] for (i,) in rows], length, count=count)
+        said = build_rows([[self.answers[i]] for (i,) in rows], length, count=count)
+        real = (said.segments == 0).astype(np.float32)
+        return SeqBatch(read.tokens, read.positions, read.segments, said.tokens, real)
+
+
+def encode_seq2seq(
+    typed: TypedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Loader,
+    *,
+    bad: BadRows | None = None,
+    read: int | None = None,
+    required: bool = True,
+    **_: Any,
+) -> Encoded:
+    """Tokenizes both texts of every row.
+
+    Args:
+      typed: rows of prompt and completion.
+      tokenizer: a fast tokenizer.
+      loader: max_length, truncation.
+      bad: malformed rows so far, for the report.
+      read: rows read from the files, for the report.
+      required: having no example left is an error.
+
+    Raises:
+      DataError: other columns, or conversations; texts too long; nothing is left.
+    """
+    if typed.type != DatasetType("prompt_completion", False):
+        raise DataError(f"expected plain prompt_completion rows (columns prompt, completion); these are {typed.type}")
+    bad = bad or BadRows()
+    end = ending(tokenizer)
+    sources = _texts([Row({"text": r["prompt"]}, r.origin) for r in typed.rows], tokenizer, loader)
+    answers = _texts([Row({"text": with_end(r["completion"], end)}, r.origin) for r in typed.rows], tokenizer, loader)
+    both = np.intersect1d(sources.rows, answers.rows)
+    kept = SeqExamples(*(x.take(np.searchsorted(x.rows, both)) for x in (sources, answers)))
+    if not len(both) and required:
+        raise DataError(f"all {len(typed.rows)} rows are longer than loader.max_length={loader.max_length}")
+    full = [max(a, b) for a, b in zip(sources.full, answers.full, strict=True)]
+    long = sum(n > loader.max_length for n in full)
+    warnings = [bad.summary()] if bad.count else []
+    if long:
+        what = "cut to" if loader.truncation == "right" else "left out, longer than"
+        warnings.append(f"{long:,} rows are {what} loader.max_length={loader.max_length}")
+    report = EncodeReport(
+        read=len(typed.rows) + bad.count if read is None else read, skipped_bad=bad.count,
+        dropped=len(typed.rows) - len(both), truncated=long if loader.truncation == "right" else 0, examples=len(both),
+        tokens=len(kept.sources.input_ids) + len(kept.answers.input_ids), trained_tokens=len(kept.answers.input_ids),
+        eos_trained=int((kept.answers.input_ids == tokenizer.eos_token_id).sum()), longest=max(full),
+        warnings=tuple(warnings),
+    )  # fmt: skip
+    return Encoded(kept, report)
+
+
+@dataclass(frozen=True)
+class _Texts(Examples):
+    """Examples that know how long each row's text was before any cut."""
+
+    full: tuple[int, ...] = ()
+
+
+def _texts(rows: list[Row], tokenizer: Any, loader: Loader) -> _Texts:
+    """All texts that fit, in flat arrays."""
+    ids, _, full, kept = tokenized(rows, tokenizer, loader)
+    flat = np.concatenate([np.asarray(ids[i], np.int32) for i in kept] or [np.zeros(0, np.int32)])
+    offsets = np.cumsum([0, *(len(ids[i]) for i in kept)], dtype=np.int64)
+    origins = tuple(r.origin for r in rows)
+    return _Texts(flat, np.ones(len(flat), np.float32), offsets, np.asarray(kept, np.int64), origins, tuple(full))
