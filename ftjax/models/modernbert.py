@@ -2,8 +2,8 @@
 
 h = h + Wo attention(rope(q), rope(k), v), q k v = Wqkv norm(h);   h = h + Wo (act(a) * b), a b = Wi norm(h)
 
-Most layers see `local_attention` / 2 tokens to either side and have a rotary base of their own; the first norm of the first
-layer does not exist. The dropout of the base model is not applied while fine-tuning; its rates are kept for the file.
+Most layers see `local_attention` / 2 tokens to either side and have a rotary base of their own; the first layer lacks the
+norm before its attention. The dropout of the base model is not applied while fine-tuning; its rates are kept for the file.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ModernBertConfig(FamilyConfig):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
-        """Reads `config.json`, old (``global_rope_theta``) or new; every number that decides the function must be there."""
+        """Reads `config.json`, old (``global_rope_theta``) or new; what decides the function must be there."""
         c = HFConfig(config)
         for name in cls._UNUSED:
             c.raw(name)
@@ -117,7 +117,7 @@ class ModernBertConfig(FamilyConfig):
         return rope
 
     def to_hf(self) -> dict[str, Any]:
-        """A `config.json` that transformers opens; the names of older versions are there too, where these can say it."""
+        """A `config.json` that transformers opens, with the names of older versions where these can say it."""
         plain = {f.name: getattr(self, f.name) for f in dc.fields(self)}
         rope, local, rates = plain.pop("rope"), plain.pop("local_rope"), plain.pop("rates")
         eos, n = list(self.eos_token_id), self.num_hidden_layers

@@ -77,7 +77,9 @@ class NormsCodec(Codec):
                 tensors[PREFIX + name + _PART + m.name.rsplit(".", 1)[1]] = m.spec.to_file(value)
                 chosen[name] = m
         targets = targets_of(chosen, {name: leaves[0] for name, leaves in everything.items()})
-        names = list(chosen) if targets.layers else list(targets.names)  # the type knows no layer subsets
+        # The type knows no layer subsets; a short name would also mean a layer that lacks the norm (ModernBERT's first).
+        partial = targets.layers or any(m.spec.since for m in chosen.values())
+        names = list(chosen) if partial else list(targets.names)
         rest = {k: v for k, v in saved.items() if k not in own}
         return {"target_modules": names, "exclude_modules": None, "modules_to_save": None}, tensors, rest
 

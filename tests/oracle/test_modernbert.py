@@ -22,6 +22,7 @@ from ftjax.params import init_params  # noqa: E402
 from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import TASK_TYPES, load_adapter, save_adapter  # noqa: E402
 from ftjax.peft.lora import LoRA  # noqa: E402
+from ftjax.peft.norms import Norms, norm_keys  # noqa: E402
 from tests.oracle import apart, rows  # noqa: E402
 
 SIZES = dict(
@@ -359,3 +360,31 @@ def test_a_head_goes_with_its_adapter(tmp_path):
     assert gap(ours, want, inputs) < 1e-5 * max(1, np.abs(want).max())
     file = load_adapter(tmp_path / "a", model.table, params)
     jax.tree.map(np.testing.assert_array_equal, file.saved, trained)
+
+
+@pytest.mark.filterwarnings("default", "error:Found missing adapter keys")
+@pytest.mark.parametrize("norm_bias", [True, False])
+def test_tuned_norms_go_both_ways(tmp_path, norm_bias):
+    """The norm that the first layer lacks is in neither file."""
+    peft = pytest.importorskip("peft")
+    torch_model(tmp_path / "base", norm_bias=norm_bias)
+    model, params = hf.load(str(tmp_path / "base"))
+    moved = {k: np.asarray(params[k]) + 0.1 for k in norm_keys(model.table)}
+    save_adapter(tmp_path / "a", {}, model.table, Norms(), base_path="base", task_type=None, saved=moved)
+    inputs = batch(97)
+    ours = our_logits(model, params | moved, inputs)
+    theirs = opened_with(tmp_path / "base", "MaskedLM", tmp_path / "a")
+    assert gap(ours, torch_logits(theirs, inputs), inputs) < 1e-5 * max(1, np.abs(ours).max())
+    assert gap(ours, our_logits(model, params, inputs), inputs) > 1e-3
+
+    raw = transformers.ModernBertForMaskedLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    names = [n for n, m in raw.named_modules() if isinstance(m, torch.nn.LayerNorm)]
+    theirs = peft.get_peft_model(raw, peft.LNTuningConfig(target_modules=names)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    saved = load_adapter(tmp_path / "theirs", model.table, params).saved
+    want = torch_logits(theirs, inputs)
+    assert gap(our_logits(model, params | saved, inputs), want, inputs) < 1e-5 * max(1, np.abs(want).max())
