@@ -20,6 +20,11 @@ METHODS = {
     "pfeiffer": dict(reduction=8),
     "parallel": dict(reduction=4, scale=2.0),
 }
+SHARED = {
+    "llama": "model.shared_parameters.default.phm_rule",
+    "bert": "bert.shared_parameters.default.phm_rule",
+    "vit": "vit.shared_parameters.default.phm_rule",
+}
 WHERE = {
     "llama": ("model.layers.1.", "attention_adapters.adapters.", "output_adapters.adapters."),
     "bert": ("bert.encoder.layer.1.", "attention.output.adapters.", "output.adapters."),
@@ -30,7 +35,7 @@ WHERE = {
 def made(name, family="bert", **changes):
     """(model, base, method, overlay with random numbers)."""
     model: Model = tinymodels.known()[family]()
-    method = registry.get("peft", name)(**METHODS[name] | changes)
+    method = registry.get("peft", name)(**METHODS.get(name, {}) | changes)
     base = tiny.weights(model)
     leaves, tree = jax.tree.flatten(method.init(jax.random.key(0), model.table, base))
     drawn = [jax.random.normal(jax.random.key(i), x.shape) if x.ndim > 1 else x for i, x in enumerate(leaves)]
@@ -60,6 +65,30 @@ def test_round_trip(tmp_path, name, family):
         tap = next(t for k, t in overlay.items() if k.endswith(site))
         assert tensors[at + "adapter_down.0.weight"].shape == (D // method.reduction, D)
         np.testing.assert_array_equal(tensors[at + "adapter_up.weight"], np.asarray(tap.up[1]).T)
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [("llama", dict(plus=True, rank=2)), ("bert", dict(rank=0)), ("vit", dict(layers=(1,), activation="relu"))],
+)
+def test_compacter(tmp_path, family, options):
+    model, base, method, overlay = made("compacter", family, reduction=4, **options)
+    save_adapter(tmp_path, overlay, model.table, method, base_path="the/base")
+    file = load_adapter(tmp_path, model.table, base)
+    assert file.method == method and jax.tree.structure(file.overlay) == jax.tree.structure(overlay)
+    assert tiny.largest(file.overlay, overlay) == 0
+    inner = json.loads((tmp_path / "adapter_config.json").read_text())["config"]
+    assert inner["phm_layer"] and inner["shared_phm_rule"] and inner["factorized_phm_W"] == (method.rank > 0)
+    assert (inner["mh_adapter"], inner["original_ln_before"]) == (not method.plus, method.plus)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    assert tensors.pop(SHARED[family]).shape == (4, 4, 4)
+    D = model.config.hidden_size
+    layer, _, part = WHERE[family]
+    w = tensors[f"{layer}{part}default.adapter_up.{'W_right' if method.rank else 'W'}"]
+    assert w.shape == (4, method.rank or D // 16, D // 4)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    with pytest.raises(DataError, match="phm_rule  missing"):
+        load_adapter(tmp_path, model.table, base)
 
 
 def published(folder, **changes):

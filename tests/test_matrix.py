@@ -35,6 +35,7 @@ SMALL = {
     "dora": {"rank": 4},
     "loha": {"rank": 4},
     "lokr": {"rank": 2},
+    "compacter": {"reduction": 4},
     "oft": {"block_size": 4},
     "vera": {"rank": 4, "dropout": 0.1},
 }

@@ -168,18 +168,23 @@ class BottleneckCodec(HubCodec):
         """See `HubCodec`."""
         act = config["non_linearity"]
         return known("peft")[self.method](
+            **self.settings_of(config),
             reduction=int(config["reduction_factor"]), activation=_OURS.get(act, act),
             scale=float(config.get("scaling", 1.0)), layers=only_layers(config.get("leave_out"), table),
         )  # fmt: skip
 
-    def arrays(self, tap: AdapterTap) -> Arrays:
+    def settings_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that only this method has."""
+        return {}
+
+    def arrays(self, tap: Any) -> Arrays:
         """See `HubCodec`."""
         return {
             "adapter_down.0.weight": tap.down.swapaxes(-1, -2), "adapter_down.0.bias": tap.down_bias,
             "adapter_up.weight": tap.up.swapaxes(-1, -2), "adapter_up.bias": tap.up_bias,
         }  # fmt: skip
 
-    def tap_of(self, arrays: Arrays, like: AdapterTap) -> AdapterTap:
+    def tap_of(self, arrays: Arrays, like: Any) -> Any:
         """See `HubCodec`."""
         return dc.replace(
             like, down=arrays["adapter_down.0.weight"].swapaxes(-1, -2), down_bias=arrays["adapter_down.0.bias"],

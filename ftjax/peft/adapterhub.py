@@ -100,7 +100,7 @@ class HubCodec(Codec):
 
     def decode(self, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store) -> tuple[Any, Overlay]:
         """See `Codec`."""
-        method, name = self.method_of(config, table), str(config.get("name", _NAME))
+        method, name = self.method_of(config, table), hub_name(config)
         overlay: Overlay = {}
         problems, seen = [], set()
         for key, like in jax.device_get(method.init(jax.random.key(0), table, params)).items():
@@ -126,6 +126,11 @@ class HubCodec(Codec):
         module = self.module(table, key)
         for i in range(r.stop - r.start):
             yield from ((part, f"{module.format(r.start + i)}.{name}.{part}", i) for part in arrays)
+
+
+def hub_name(config: Mapping[str, Any]) -> str:
+    """The adapter's name, which is a part of its tensors' names."""
+    return str(config.get("name", _NAME))
 
 
 def only_layers(left_out: Any, table: Table) -> tuple[int, ...]:

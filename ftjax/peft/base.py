@@ -66,9 +66,11 @@ def bind(base: Mapping[str, Any], overlay: Mapping[str, Any], rng: jax.Array | N
 
     Args:
       base: store of weights.
-      overlay: deltas at parameter paths, taps at site paths.
+      overlay: deltas at parameter paths, taps at site paths. One with a method ``spread(overlay)`` shares numbers with
+        others, or over its layers, and returns itself with them in place.
       rng: the step's key while training, None otherwise.
     """
+    overlay = {k: e.spread(overlay) if hasattr(e, "spread") else e for k, e in overlay.items()}
     at = bounds(base, overlay)
     out = cut(base, at)
     for key, entry in cut(overlay, at).items():

@@ -69,13 +69,15 @@ def overlay_of(method, model, params):
 def mirrored(overlay):
     """The overlay's numbers as torch leaves, and a look-up of one layer's by site."""
     mine = jax.tree.map(lambda x: torch.tensor(np.asarray(x), requires_grad=True), overlay)
+    rules = [tap.rule for tap in mine.values() if getattr(tap, "rule", None) is not None]  # one for all layers
 
     def at(site, layer):
         for key, tap in mine.items():
             found = re.fullmatch(r"layers\[(\d+):(\d+)\]/(.*)", key)
             i = layer - int(found[1])
             if found[3] == site and 0 <= i < int(found[2]) - int(found[1]):
-                return jax.tree.map(lambda x, i=i: x[i], tap)
+                one = jax.tree.map(lambda x, i=i: x[i], tap.replace(rule=None) if rules else tap)
+                return one.replace(rule=rules[0]) if rules else one
         return None
 
     return mine, at
@@ -194,11 +196,24 @@ def test_reft(bases, name, family, options, left):
 # Bottleneck adapters -------------------------------------------------------------------------------------------------
 
 NAMES = {"houlsby": ("attn_out", "mlp_out"), "pfeiffer": ("mlp_out",), "parallel": ("mlp_out",)}
-TORCH_ACTS = {"relu": torch.nn.functional.relu, "swish": torch.nn.functional.silu, "tanh": torch.tanh}
+TORCH_ACTS = {
+    "relu": torch.nn.functional.relu,
+    "swish": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+    "gelu": torch.nn.functional.gelu,
+}
 
 
 def bottleneck(x, tap, act):
-    return act(x @ tap.down + tap.down_bias) @ tap.up + tap.up_bias
+    if hasattr(tap, "rule"):
+        down, up = (
+            sum(torch.kron(a, w if t is None else w @ t) for a, w, t in zip(tap.rule, left, right, strict=True))
+            for left, right in ((tap.down_left, tap.down_right), (tap.up_left, tap.up_right))
+            for right in [[None] * len(left) if right is None else right]
+        )
+    else:
+        down, up = tap.down, tap.up
+    return act(x @ down + tap.down_bias) @ up + tap.up_bias
 
 
 def around_part(family, block, site, change):
@@ -248,18 +263,23 @@ def hooked(theirs, family, method, at, change):
 ADAPTERS = [
     ("houlsby", "llama", {}), ("houlsby", "bert", dict(layers=(0, 2), activation="tanh")), ("pfeiffer", "llama", {}),
     ("pfeiffer", "bert", {}), ("parallel", "llama", dict(layers=(1,))), ("parallel", "bert", {}),
+    ("compacter", "llama", dict(layers=(0, 2))), ("compacter", "bert", dict(rank=0)),
+    ("compacter", "bert", dict(plus=True, rank=2, reduction=2, blocks=4)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, family, options", ADAPTERS, ids=str)
 def test_adapters(bases, name, family, options):
     theirs, model, params = bases[family]
+    if name == "compacter":  # the tiny BERT is 24 wide
+        options = {"blocks": 3 if family == "bert" else 4} | options
     method = registry.get("peft", name)(**{"reduction": 4} | options)
     overlay = overlay_of(method, model, params)
-    assert {k.rsplit("/", 1)[-1] for k in overlay} == set(NAMES[name])
+    acts_as = ("pfeiffer" if method.plus else "houlsby") if name == "compacter" else name
+    assert {k.rsplit("/", 1)[-1] for k in overlay} == set(NAMES[acts_as])
     mine, at = mirrored(overlay)
     act = TORCH_ACTS[method.activation]
-    handles = hooked(theirs, family, method, at, lambda tap, *a: changed(name, tap, act, *a))
+    handles = hooked(theirs, family, method, at, lambda tap, *a: changed(acts_as, tap, act, *a))
     try:
         compared(theirs, model, params, overlay, mine)
         if family == "llama":
