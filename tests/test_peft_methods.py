@@ -12,7 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from ftjax.errors import ConfigError, DataError
 from ftjax.headspec import HeadSpec
+from ftjax.peft.base import bind
+from ftjax.peft.dora import DoRA
 from ftjax.peft.interop import load_adapter, save_adapter
+from ftjax.peft.lora import LoRA
 from ftjax.peft.norms import Norms, norm_keys
 from ftjax.peft.oft import OFT, divisor
 from ftjax.peft.vera import VeRA
@@ -263,3 +266,97 @@ def test_norms_with_statistics_have_no_such_file():
     tables = {name: make().table for name, make in tinymodels.known().items() if name in ("resnet", "llama", "vit")}
     held = {name: Norms.hf_codec.holds_base(table) for name, table in tables.items()}
     assert held == {"resnet": False, "llama": True, "vit": True}
+
+
+# LoRA ------------------------------------------------------------------------------------------------------------------
+
+INPUTS = {"input_ids": jnp.asarray(np.random.default_rng(0).integers(3, 96, (2, 9)), jnp.int32)}
+
+
+@pytest.mark.parametrize("cls", [LoRA, DoRA])
+def test_ranks_and_alphas_of_some_targets(params, cls):
+    method = cls(
+        rank=4,
+        alpha=8.0,
+        targets=("q", "v", "down"),
+        ranks={"*.self_attn.*": 2, "q": 7, "down_proj": 6},
+        alphas={"v": 1.0},
+    )
+    overlay = method.init(jax.random.key(0), MODEL.table, params)
+    found = {k.split("/")[1]: (d.a.shape[-1], d.b.shape[-2], float(d.scale[0])) for k, d in overlay.items()}
+    assert found == {"q": (2, 2, 4.0), "v": (2, 2, 0.5), "down": (6, 6, np.float32(8 / 6))}
+    assert hash(method) and cls.model_validate_json(method.model_dump_json()) == method
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"ranks": {"qq": 2}}, "peft.ranks='qq' matches no weight"),
+        ({"alphas": {"o": 2.0}}, "peft.alphas: 'o' is not among the targets"),
+        ({"ranks": {"k": 17}}, "peft.rank=17 exceeds 16, the smaller side of layers/k/w"),
+    ],
+)
+def test_ranks_that_cannot_be(settings, text):
+    with pytest.raises(ConfigError) as error:
+        LoRA(targets=("q", "k"), **settings).keys(MODEL.table)
+    assert text in str(error.value)
+    with pytest.raises(ValueError, match="k: 0 is not above 0"):
+        LoRA(ranks={"k": 0})
+
+
+def test_ranks_come_back(tmp_path, params):
+    method = LoRA(rank=4, alpha=8.0, targets=("q", "v"), ranks={"v": 2}, alphas={"v": 5.0})
+    overlay = method.init(jax.random.key(0), MODEL.table, params)
+    save_adapter(tmp_path, overlay, MODEL.table, method, base_path="b")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8
+    assert set(config["rank_pattern"].values()) == {2} and set(config["alpha_pattern"].values()) == {5}
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path, MODEL.table, params).overlay, overlay)
+
+
+def test_lora_fa_trains_only_b():
+    rules = dict(LoRA(train_a=False).labels(MODEL.table))
+    assert rules["overlay/*/a"] == "const" and rules["overlay/*/b"] == "lora_b"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian"])
+def test_starts_leave_the_base_as_it_is(params, start, dtype):
+    """Bit for bit, whatever A and B hold."""
+    base = jax.tree.map(lambda x: x.astype(dtype), params)
+    method = LoRA(rank=4, alpha=6.0, start=start, layers=(0, 2))
+    overlay = method.init(jax.random.key(0), MODEL.table, base)
+    apply = jax.jit(lambda p: MODEL.apply(p, INPUTS).logits)
+    np.testing.assert_array_equal(apply(bind(base, overlay)), apply(base))
+    moved = {k: d.replace(b=d.b + 0.1) for k, d in overlay.items()}
+    assert float(jnp.abs(apply(bind(base, moved)) - apply(base)).max()) > 1e-3
+
+
+def test_pissa_takes_the_largest_parts(params):
+    delta = LoRA(rank=3, alpha=6.0, start="pissa", targets=("down",)).init(jax.random.key(0), MODEL.table, params)
+    w, d = (
+        np.asarray(params["layers[0:4]/down/w"])[2],
+        jax.tree.map(lambda x: np.asarray(x[2]), delta["layers[0:4]/down/w"]),
+    )
+    values = np.linalg.svd(w, compute_uv=False)
+    rest = np.linalg.svd(w - d.scale * d.a @ d.b, compute_uv=False)
+    np.testing.assert_allclose(rest[:-3], values[3:], rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(d.a, axis=0), np.linalg.norm(d.b, axis=1), rtol=1e-4)
+
+
+def test_two_pairs_are_written_as_one(tmp_path, params):
+    method = LoRA(rank=3, alpha=6.0, start="olora", targets=("q", "down"), dropout=0.25)
+    overlay = method.init(jax.random.key(0), MODEL.table, params)
+    overlay = {k: d.replace(a=d.a + 0.1, b=d.b - 0.2) for k, d in overlay.items()}
+    save_adapter(tmp_path, overlay, MODEL.table, method, base_path="b")
+    file = load_adapter(tmp_path, MODEL.table, params)
+    assert (file.method.rank, file.method.alpha, file.method.start) == (6, 12.0, "uniform")
+    for key, d in overlay.items():
+        np.testing.assert_allclose(file.overlay[key].merge(params[key]), d.merge(params[key]), atol=1e-5)
+    x, key = jnp.ones((2, 32)), jax.random.key(0)
+    delta, w = jax.tree.map(lambda x: x[0], (overlay["layers[0:4]/q/w"], params["layers[0:4]/q/w"]))
+    kept = jnp.where(jax.random.bernoulli(key, 0.75, x.shape), x / 0.75, 0)
+    want = x @ w + delta.scale * (
+        kept @ delta.a @ delta.b - x @ delta.a0 @ delta.b0
+    )  # dropout is on what is trained alone
+    np.testing.assert_allclose(delta.dot(x, w, None, key), want, atol=1e-4)

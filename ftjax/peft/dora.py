@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from pydantic import Field
 
 from ftjax.ops import dense, materialize
 from ftjax.params import ParamSpec, Store, Table, bounds, cut, spec_of
@@ -105,6 +106,7 @@ class DoRA(LoRA):
     hf_codec: ClassVar[DoRACodec] = DoRACodec()
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
+    start: Literal["uniform", "gaussian"] = Field("uniform", description="First values of A; B is 0.")  # type: ignore[assignment]
 
     def labels(self, table: Table) -> Rules:
         """The magnitudes are a group of their own."""
@@ -112,11 +114,11 @@ class DoRA(LoRA):
 
     def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
         """B = 0 and m = ||W||."""
-        keys = self.keys(table)
-        parts = cut(params, bounds(keys))
+        sizes = self.sizes(table)
+        parts = cut(params, bounds(sizes))
         overlay: Overlay = {}
-        for k in keys:
-            plain = self.delta(key, k, spec_of(table, k))
+        for k, size in sizes.items():
+            plain = self.delta(key, k, spec_of(table, k), *size, parts[k])
             m = jax.jit(lambda w: lengths(materialize(w)))(parts[k])
             overlay[k] = DoRADelta(plain.a, plain.b, m, plain.scale, plain.rate)
         return overlay

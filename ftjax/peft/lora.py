@@ -3,6 +3,9 @@
 y = x W + b + s * drop(x) A B,   A [in, r], B [r, out],   s = alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)
 
     peft=LoRA(rank=16, alpha=32, targets=("q_proj", "v_proj"))
+
+Where A and B begin as a part of W (``start="pissa"`` or ``"olora"``), that part A0 B0 is taken off again: y = x W + b +
+s (drop(x) A B - x A0 B0). The base stays as it is, and the result is a LoRA of rank 2 r over it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ftjax.errors import ConfigError
 from ftjax.ops import dense
-from ftjax.params import ParamSpec, Store, Table, key_of, ranged, spec_of, unranged
+from ftjax.params import ParamSpec, Store, Table, bounds, cut, ranged, spec_of, unranged
 from ftjax.peft.base import CONST, FROZEN, Overlay, select, subset
 from ftjax.peft.interop import Tensors, check_settings
+from ftjax.peft.lora_start import DRAWS, FROM_WEIGHT, from_weight
 from ftjax.peft.modules import Module, ModuleCodec, Targets, for_module
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -38,30 +42,49 @@ class LoRADelta:
       b: [r, out] float32, zero at the start.
       scale: scalar s; not trained.
       rate: dropout rate on the input of A; None when the method has no dropout. Not trained.
+      a0: [in, r] what A was at the start, if B was not zero there; None else. Not trained.
+      b0: [r, out] likewise.
     """
 
     a: jax.Array
     b: jax.Array
     scale: jax.Array
     rate: jax.Array | None = None
+    a0: jax.Array | None = None
+    b0: jax.Array | None = None
 
     def dot(self, x: jax.Array, base: Any, bias: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """x [..., in] -> [..., out]: the base's product plus the low-rank one."""
         y = dense(x, base, bias)
-        if key is not None and self.rate is not None:
-            x = dropout(x, self.rate, key)
-        z = x @ self.a.astype(x.dtype) * self.scale.astype(x.dtype)
-        return y + up(z, self.b.astype(x.dtype)).astype(y.dtype)
+        kept = x if key is None or self.rate is None else dropout(x, self.rate, key)
+        update = self._product(kept, self.a, self.b)
+        if self.a0 is not None and self.b0 is not None:
+            update = update - self._product(x, self.a0, self.b0)
+        return y + update.astype(y.dtype)
+
+    def _product(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return up(x @ a.astype(x.dtype) * self.scale.astype(x.dtype), b.astype(x.dtype))
 
     def axes(self, spec: ParamSpec) -> dict[str, tuple[str | None, ...]]:
         """Logical axes of each array: A is split as the weight's input side, B as its output side."""
         *lead, inner, outer = spec.axes
-        axes = {"a": (*lead, inner, "rank"), "b": (*lead, "rank", outer), "scale": (*lead,)}
-        return axes | ({"rate": (*lead,)} if self.rate is not None else {})
+        axes = {"a": (*lead, inner, "rank"), "b": (*lead, "rank", outer), "scale": (*lead,), "rate": (*lead,)}
+        axes |= {"a0": axes["a"], "b0": axes["b"]}
+        return {name: axes[name] for name in axes if getattr(self, name) is not None}
 
     def merge(self, base: jax.Array) -> jax.Array:
-        """W + s A B, float32 (leading dimensions allowed)."""
-        return base + self.scale[..., None, None] * (self.a @ self.b)
+        """W + s (A B - A0 B0), float32 (leading dimensions allowed)."""
+        product = self.a @ self.b
+        if self.a0 is not None and self.b0 is not None:
+            product = product - self.a0 @ self.b0
+        return base + self.scale[..., None, None] * product
+
+    def plain(self) -> LoRADelta:
+        """The same update as a pair alone: of twice the rank, [A A0] and [B; -B0], where there are two pairs."""
+        if self.a0 is None or self.b0 is None:
+            return self
+        a, b = jnp.concatenate([self.a, self.a0], -1), jnp.concatenate([self.b, -self.b0], -2)
+        return LoRADelta(a, b, self.scale, self.rate)
 
 
 @jax.custom_vjp
@@ -93,27 +116,6 @@ def dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 
-def draw_a(key: jax.Array, path: str, spec: ParamSpec, rank: int) -> jax.Array:
-    """A's initial values, uniform within 1 / sqrt(in) as PEFT draws them (kaiming with a = sqrt 5): [(layers,) in, rank].
-
-    Each of the rank's columns has a key of its own: a draw of rank 16 begins with the draw of rank 8, which lets trials
-    of unequal rank train as one program by zero padding.
-    """
-    bound = 1 / math.sqrt(spec.unstacked.shape[0])
-
-    def column(k: jax.Array) -> jax.Array:
-        return jax.random.uniform(k, spec.unstacked.shape[:1], jnp.float32, -bound, bound)
-
-    def layer(k: jax.Array) -> jax.Array:
-        return jax.vmap(lambda i: column(jax.random.fold_in(k, i)))(jnp.arange(rank)).T
-
-    key = key_of(key, unranged(path) + "/lora_a")
-    r = ranged(path)
-    if r is None:
-        return layer(key)
-    return jax.vmap(lambda i: layer(jax.random.fold_in(key, i)))(jnp.arange(r.start, r.stop))
-
-
 class LoRACodec(ModuleCodec):
     """LoRA in PEFT's format: ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] per module."""
 
@@ -123,7 +125,8 @@ class LoRACodec(ModuleCodec):
         "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
         "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "eva_config", "qalora_group_size",
     )  # fmt: skip
-    # PiSSA, OLoRA, CorDA and LoftQ also change the base's weights, which an adapter folder does not hold.
+    # PiSSA, OLoRA, CorDA and LoftQ also change the base's weights, which an adapter folder does not hold; PEFT writes them as
+    # plain LoRA, of twice the rank, with path_initial_model_for_weight_conversion.
     _NEUTRAL: ClassVar = {
         "bias": ("none",),
         "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
@@ -153,6 +156,11 @@ class LoRACodec(ModuleCodec):
         """See `ModuleCodec`."""
         (inner, outer), rank = module.spec.shape, self._rank(config, module.name)
         return {"lora_A.weight": (rank, inner), "lora_B.weight": (outer, rank)}
+
+    def encode(self, overlay: Overlay, table: Table, method: Any) -> tuple[dict[str, Any], Tensors]:
+        """See `Codec`; two pairs are written as one."""
+        overlay = {k: d.plain() if isinstance(d, LoRADelta) else d for k, d in overlay.items()}
+        return super().encode(overlay, table, method)
 
     def arrays(self, entry: LoRADelta) -> Tensors:
         """See `ModuleCodec`."""
@@ -233,42 +241,88 @@ class LoRA(Component):
     )
     layers: tuple[int, ...] = Field((), description="Only these layers, counted from 0; empty: all.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    ranks: tuple[tuple[str, int], ...] = Field(
+        (),
+        description="Ranks of some of the targets: pairs of a name or pattern and a rank; the first that fits counts.",
+    )
+    alphas: tuple[tuple[str, float], ...] = Field((), description="Alphas of some of the targets, likewise.")
+    start: Literal["uniform", "gaussian", "pissa", "olora"] = Field(
+        "uniform", description="First values of A, with B = 0; or of both, as a part of the weight."
+    )
+    train_a: bool = Field(True, description="Whether A is trained; if not, it is LoRA-FA (arXiv:2308.03303).")
 
-    @property
-    def scale(self) -> float:
-        """The factor s on the update."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    @field_validator("ranks", "alphas", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """A mapping, or JSON's lists, as pairs."""
+        rows = value.items() if isinstance(value, dict) else value
+        return tuple(tuple(x) if isinstance(x, list) else x for x in rows) if isinstance(rows, Iterable) else value
+
+    @field_validator("ranks", "alphas")
+    @classmethod
+    def _above_zero(cls, value: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        for name, number in value:
+            if number <= 0:
+                raise ValueError(f"{name}: {number} is not above 0")
+        return value
 
     def keys(self, table: Table) -> list[str]:
         """Store keys that get an update."""
+        return list(self.sizes(table))
+
+    def sizes(self, table: Table) -> dict[str, tuple[int, float]]:
+        """Rank and scale by store key.
+
+        Raises:
+          ConfigError: a layer, a name or a rank that the model does not have.
+        """
         beyond = [i for i in self.layers if not 0 <= i < max(r.stop for k in table if (r := ranged(k)))]
         if beyond:
             raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
         chosen = select(table, self.targets, where="peft.targets")
+        ranks = self._own(table, chosen, "ranks", self.rank)
+        alphas = self._own(table, chosen, "alphas", self.alpha)
+        sizes: dict[str, tuple[int, float]] = {}
         for key in chosen:
-            if self.rank > min(table[key].unstacked.shape):
-                smallest = min(table[key].unstacked.shape)
-                raise ConfigError(f"peft.rank={self.rank} exceeds {smallest}, the smaller side of {unranged(key)}")
-        return [part for key in chosen for part in subset(key, self.layers)]
+            rank, smallest = ranks[key], min(table[key].unstacked.shape)
+            if rank > smallest:
+                raise ConfigError(f"peft.rank={rank} exceeds {smallest}, the smaller side of {unranged(key)}")
+            scale = alphas[key] / (math.sqrt(rank) if self.rslora else rank)
+            sizes |= dict.fromkeys(subset(key, self.layers), (rank, scale))
+        return sizes
+
+    def _own(self, table: Table, chosen: list[str], field: str, usual: Any) -> dict[str, Any]:
+        """The numbers of one field by target; those that no pair names have the usual one."""
+        found: dict[str, Any] = {}
+        for name, number in getattr(self, field):
+            hit = [key for key in select(table, (name,), where=f"peft.{field}") if key in chosen]
+            if not hit:
+                raise ConfigError(f"peft.{field}: {name!r} is not among the targets")
+            found = dict.fromkeys(hit, number) | found
+        return dict.fromkeys(chosen, usual) | found
 
     def labels(self, table: Table) -> Rules:
         """A and B are groups of their own, so that they can learn at different rates (LoRA+)."""
-        const = [("overlay/*/scale", CONST)] + ([("overlay/*/rate", CONST)] if self.dropout else [])
-        return [("overlay/*/a", "lora_a"), ("overlay/*/b", "lora_b"), *const, ("base/*", FROZEN)]
+        still = ["scale"] + (["rate"] if self.dropout else []) + (["a0", "b0"] if self.start in FROM_WEIGHT else [])
+        const = [(f"overlay/*/{leaf}", CONST) for leaf in still]
+        a = "lora_a" if self.train_a else CONST
+        return [("overlay/*/a", a), ("overlay/*/b", "lora_b"), *const, ("base/*", FROZEN)]
 
     def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
-        """B = 0, so that the adapted model equals the base."""
-        return {k: self.delta(key, k, spec_of(table, k)) for k in self.keys(table)}
+        """An update of zero, so that the adapted model equals the base."""
+        sizes = self.sizes(table)
+        parts = cut(params, bounds(sizes)) if self.start in FROM_WEIGHT else {}
+        return {k: self.delta(key, k, spec_of(table, k), *size, parts.get(k)) for k, size in sizes.items()}
 
-    def delta(self, key: jax.Array, path: str, spec: ParamSpec) -> LoRADelta:
+    def delta(self, key: jax.Array, path: str, spec: ParamSpec, rank: int, scale: float, base: Any) -> LoRADelta:
         """The update of one weight at step 0."""
         lead = spec.shape[:1] if spec.stacked else ()
-        return LoRADelta(
-            a=draw_a(key, path, spec, self.rank),
-            b=jnp.zeros((*lead, self.rank, spec.shape[-1]), jnp.float32),
-            scale=jnp.full(lead, self.scale, jnp.float32),
-            rate=jnp.full(lead, self.dropout, jnp.float32) if self.dropout else None,
-        )
+        fixed = jnp.full(lead, scale, jnp.float32), jnp.full(lead, self.dropout, jnp.float32) if self.dropout else None
+        if self.start in FROM_WEIGHT:
+            a, b = from_weight(self.start, base, rank, scale, stacked=spec.stacked)
+            return LoRADelta(a, b, *fixed, jnp.copy(a), jnp.copy(b))
+        b = jnp.zeros((*lead, rank, spec.shape[-1]), jnp.float32)
+        return LoRADelta(DRAWS[self.start](key, path, spec, rank), b, *fixed)
 
     def check(self, run: Any) -> Iterable[str]:
         """Nothing that other parts of a run could contradict."""

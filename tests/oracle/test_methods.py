@@ -16,6 +16,7 @@ from ftjax.models import hf  # noqa: E402
 from ftjax.params import bounds, cut  # noqa: E402
 from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
+from ftjax.peft.lora import LoRA  # noqa: E402
 from ftjax.peft.modules import per_module  # noqa: E402
 from ftjax.peft.norms import Norms, norm_keys  # noqa: E402
 from tests.oracle import apart, our_logits, rows, torch_llama, torch_logits  # noqa: E402
@@ -29,6 +30,28 @@ METHODS = {
     "dora": (
         dict(rank=4, alpha=8.0, targets=tuple(TARGETS)),
         lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS),
+    ),
+    "lora ranks": (
+        dict(
+            rank=4,
+            alpha=8.0,
+            targets=tuple(TARGETS),
+            ranks=(("down_proj", 7), ("*.self_attn.*", 3)),
+            alphas=(("v", 5.0),),
+        ),
+        lambda: peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=TARGETS,
+            rank_pattern={"down_proj": 7, r".*\.self_attn\..*": 3},
+            alpha_pattern={"v_proj": 5},
+        ),
+    ),
+    "lora gaussian": (
+        dict(rank=3, alpha=3.0, targets=tuple(TARGETS), start="gaussian", rslora=True),
+        lambda: peft.LoraConfig(
+            r=3, lora_alpha=3, target_modules=TARGETS, init_lora_weights="gaussian", use_rslora=True
+        ),
     ),
     "ia3": (
         dict(targets=("k_proj", "v_proj"), inputs=("down_proj",)),
@@ -255,3 +278,65 @@ def test_norms_both_ways(tmp_path, case):
     want = torch_logits(peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval(), ids, mask)
     assert apart(our_logits(model, params | moved, ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
     assert apart(without, want, mask) > 1e-3
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_from_the_weight(base, tmp_path, start, rslora):
+    """The same part is taken off; trained there or here, the result is plain LoRA of twice the rank on the first base."""
+    folder, model, params = base
+    settings = dict(target_modules=TARGETS, r=4, lora_alpha=6, use_rslora=rslora)
+    raw = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    theirs = peft.get_peft_model(raw, peft.LoraConfig(init_lora_weights=start, **settings))
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's manual has it, before the conversion
+    theirs.save_pretrained(tmp_path / "initial")
+    method = LoRA(rank=4, alpha=6.0, targets=tuple(TARGETS), start=start, rslora=rslora)
+    overlay = method.init(jax.random.key(0), model.table, params)
+
+    def of_theirs(what):
+        found = {}
+        for key, entry in overlay.items():
+            hf_name = model.table[key].hf.removesuffix(".weight")
+            layers = [theirs.get_submodule(f"base_model.model.{hf_name.format(i)}") for i in range(len(entry.a))]
+            found[key] = [np.stack([what(m, x).detach().numpy().T for m in layers]) for x in ("lora_A", "lora_B")]
+        return found
+
+    def weight(m, x):
+        return getattr(m, x)["default"].weight
+
+    for key, (a, b) in of_theirs(weight).items():
+        want = a @ b
+        assert np.abs(overlay[key].a @ overlay[key].b - want).max() <= 1e-5 * np.abs(want).max()
+        np.testing.assert_array_equal(overlay[key].a, overlay[key].a0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    trained = {k: overlay[k].replace(a=jnp.asarray(a), b=jnp.asarray(b)) for k, (a, b) in of_theirs(weight).items()}
+
+    ids, mask = rows(97)
+    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    out = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions)
+    want = out.logits.detach().numpy()
+    direction = np.random.default_rng(0).normal(size=want.shape).astype(np.float32) * mask[..., None]
+    (out.logits * torch.tensor(direction)).sum().backward()
+    inputs = {"input_ids": jnp.asarray(ids, jnp.int32), "attention_mask": jnp.asarray(mask, jnp.int32)}
+
+    def loss(o):
+        logits = model.apply(bind(cut(params, bounds(o)), o), inputs).logits
+        return (logits * direction).sum(), logits
+
+    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(trained)
+    assert apart(np.asarray(ours), want, mask) <= 1e-5 * np.abs(want).max()
+    for key, pair in of_theirs(lambda m, x: weight(m, x).grad).items():
+        for mine, other in zip((grads[key].a, grads[key].b), pair, strict=True):
+            assert np.abs(mine - other).max() <= 1e-3 * np.abs(other).max()
+
+    theirs.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    file = load_adapter(tmp_path / "theirs", model.table, params)
+    assert file.method.rank == 8
+    opened = our_logits(model, bind(cut(params, bounds(file.overlay)), file.overlay), ids, mask)
+    assert apart(opened, want, mask) <= 1e-5 * np.abs(want).max()
+    save_adapter(tmp_path / "ours", trained, model.table, method, base_path=str(folder))
+    assert apart(torch_logits(theirs_of(folder, tmp_path / "ours"), ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
