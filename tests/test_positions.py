@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ftjax.config import Loader, Run
-from ftjax.data.bpe import train_bpe
+from ftjax.data.new_tokenizer import train_tokenizer
 from ftjax.data.rows import Row
 from ftjax.data.tasks.local import Local
 from ftjax.errors import ConfigError
@@ -106,7 +106,7 @@ def test_a_run_is_refused(tmp_path):
     """Found before compiling, with the number to set; with that number it goes on."""
     rows = [{"prompt": f"{i} ", "completion": "one two three four five six seven eight"} for i in range(8)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    train_bpe([Row(r, "") for r in rows], 270, tmp_path / "base")
+    train_tokenizer("bpe", [Row(r, "") for r in rows], 270, tmp_path / "base")
     vocab = len(json.loads((tmp_path / "base" / "tokenizer.json").read_text())["model"]["vocab"])
     model = gpt2(vocab + 3, 16)
     hf.save(model, tiny.weights(model), tmp_path / "base")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ftjax.data.bpe import train_bpe
+from ftjax.data.new_tokenizer import train_tokenizer
 from ftjax.data.rows import Row
 from ftjax.models import hf
 from ftjax.params import init_params
@@ -56,7 +56,7 @@ def project(tmp_path_factory) -> Path:
     words = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "runs", "sits"]
     rows = [{"prompt": f"{w} {i} ", "completion": " ".join(rng.choice(words, 5))} for i in range(30) for w in words[:3]]
     (root / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    train_bpe([Row(r, "") for r in rows], 300, root / "base")
+    train_tokenizer("bpe", [Row(r, "") for r in rows], 300, root / "base")
     vocab = json.loads((root / "base" / "tokenizer.json").read_text())["model"]["vocab"]
     model = tiny.llama(vocab_size=len(vocab) + 3, eos_token_id=(2,), bos_token_id=1)
     hf.save(model, init_params(model.table, jax.random.key(0), dtype=jnp.float32), root / "base")

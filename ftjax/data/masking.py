@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
 from ftjax.data.batches import Examples, build_rows
-from ftjax.data.encode import Encoded, encode
-from ftjax.data.formats import TypedRows
+from ftjax.data.encode import ENCODE_BATCH, Encoded, EncodeReport, encode
+from ftjax.data.formats import DatasetType, TypedRows
+from ftjax.data.rows import BadRows
 from ftjax.errors import DataError
 
 MASKED, RANDOM = 0.8, 0.1
@@ -136,7 +137,10 @@ def encode_masked(
     """
     if tokenizer.mask_token_id is None:
         raise DataError("the tokenizer has no mask token: masked language modelling needs one (a BERT-like tokenizer)")
-    made = encode(typed, tokenizer, loader.model_copy(update={"loss_on": "all"}), **options)
+    if options.get("wrap") and typed.type == DatasetType("language_modeling", False):
+        made = _pieces(typed, tokenizer, loader, **{k: v for k, v in options.items() if k in ("bad", "read")})
+    else:
+        made = encode(typed, tokenizer, loader.model_copy(update={"loss_on": "all"}), **options)
     texts: Examples = made.examples
     special = np.isin(texts.input_ids, np.asarray(tokenizer.all_special_ids))
     texts = replace(texts, weights=(~special).astype(np.float32))
@@ -153,6 +157,34 @@ def encode_masked(
     return Encoded(
         MaskedExamples(texts, begins, numbers), replace(made.report, warnings=warnings, trained_tokens=trained)
     )
+
+
+def _pieces(
+    typed: TypedRows, tokenizer: Any, loader: Loader, *, bad: BadRows | None = None, read: int | None = None
+) -> Encoded:
+    """Long texts in pieces of `max_length`, each with the tokenizer's special tokens around it, as every text has them."""
+    found: list[np.ndarray] = []
+    rows: list[int] = []
+    least = tokenizer.num_special_tokens_to_add()
+    for start in range(0, len(typed.rows), ENCODE_BATCH):
+        made = tokenizer(
+            [r["text"] for r in typed.rows[start : start + ENCODE_BATCH]], truncation=True, max_length=loader.max_length,
+            return_overflowing_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        )  # fmt: skip
+        for ids, row in zip(made["input_ids"], made["overflow_to_sample_mapping"], strict=True):
+            if len(ids) > least:
+                found.append(np.asarray(ids, np.int32))
+                rows.append(start + int(row))
+    flat = np.concatenate(found or [np.zeros(0, np.int32)])
+    offsets = np.cumsum([0, *map(len, found)], dtype=np.int64)
+    origins = tuple(r.origin for r in typed.rows)
+    examples = Examples(flat, np.ones(len(flat), np.float32), offsets, np.asarray(rows, np.int64), origins)
+    skipped = bad.count if bad else 0
+    report = EncodeReport(
+        read=len(typed.rows) + skipped if read is None else read, skipped_bad=skipped, examples=len(found),
+        tokens=len(flat), longest=max(map(len, found), default=0), warnings=(bad.summary(),) if bad and skipped else (),
+    )  # fmt: skip
+    return Encoded(examples, report)
 
 
 def _begins_word(piece: str) -> bool:

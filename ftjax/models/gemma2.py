@@ -29,7 +29,13 @@ class Gemma2Config(LlamaConfig):
     model_type: ClassVar[str] = "gemma2"
     activation_key: ClassVar[str] = "hidden_activation"
     tied_unless_said: ClassVar[bool] = True
+    says: ClassVar[tuple[str, ...]] = ("num_key_value_heads", "head_dim")
     unwritten: ClassVar[tuple[str, ...]] = ("mlp_bias",)
+
+    @classmethod
+    def cap(cls, c: HFConfig, name: str) -> float | None:
+        """A soft cap, or null."""
+        return c.float(name) if c.said(name) is not None else None
 
     @classmethod
     def usual_types(cls, c: HFConfig) -> tuple[str, ...]:
@@ -42,7 +48,7 @@ class Gemma2Config(LlamaConfig):
         c.require("use_bidirectional_attention", False, absent_ok=True)
         c.require("hidden_act", "gelu_pytorch_tanh", absent_ok=True)  # old files name it twice; only the other is read
         c.require(cls.activation_key, "gelu_pytorch_tanh")
-        caps = {k: c.raw(k) for k in ("attn_logit_softcapping", "final_logit_softcapping")}
+        caps = {k: cls.cap(c, k) for k in ("attn_logit_softcapping", "final_logit_softcapping")}
         return caps | {
             "query_pre_attn_scalar": c.int("query_pre_attn_scalar"),
             "sliding_window": c.int("sliding_window"),

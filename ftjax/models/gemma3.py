@@ -27,6 +27,11 @@ class Gemma3Config(Gemma2Config):
     unwritten: ClassVar[tuple[str, ...]] = ("mlp_bias", "local_rope")
 
     @classmethod
+    def cap(cls, c: HFConfig, name: str) -> float | None:
+        """A soft cap; absent means none here."""
+        return c.float(name) if c.raw(name) is not None else None
+
+    @classmethod
     def usual_types(cls, c: HFConfig) -> tuple[str, ...]:
         """A global layer after every five local ones, or after `sliding_window_pattern` - 1."""
         period = c.int("sliding_window_pattern", implied=6)

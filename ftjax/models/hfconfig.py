@@ -34,6 +34,16 @@ class HFConfig:
         self._read.add(name)
         return self._config.get(name)
 
+    def said(self, name: str) -> Any:
+        """The value, which may be null but must be there: where it is absent, transformers puts a number of its own.
+
+        Raises:
+          DataError: the file does not say.
+        """
+        if name not in self._config:
+            raise self.missing(name)
+        return self.raw(name)
+
     def missing(self, name: str) -> DataError:
         """The error for a number that must be there."""
         return DataError(

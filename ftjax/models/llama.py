@@ -85,6 +85,8 @@ class LlamaConfig(FamilyConfig):
     activation_key: ClassVar[str] = "hidden_act"
     tied_unless_said: ClassVar[bool] = False
     """What a file without ``tie_word_embeddings`` means."""
+    says: ClassVar[tuple[str, ...]] = ()
+    """What this family's file must say, be it null: absent, transformers would put a number of its own there."""
     rotates_in_part: ClassVar[bool] = False
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Fields that this family's file does not have."""
@@ -114,6 +116,8 @@ class LlamaConfig(FamilyConfig):
         """Reads `config.json`; every number that decides the function must be there."""
         c = HFConfig(config)
         hidden, heads = c.int("hidden_size"), c.int("num_attention_heads")
+        for name in cls.says:
+            c.said(name)
         read = cls(
             vocab_size=c.int("vocab_size"),
             hidden_size=hidden,

@@ -19,13 +19,14 @@ class MistralConfig(LlamaConfig):
     sliding_window: int | None = None
 
     model_type: ClassVar[str] = "mistral"
+    says: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     unwritten: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
 
     @classmethod
     def extra(cls, c: HFConfig) -> dict[str, Any]:
         """Reads the window."""
         c.require("hidden_act", "silu")
-        return {"sliding_window": c.int("sliding_window") if c.raw("sliding_window") else None}
+        return {"sliding_window": c.int("sliding_window") if c.said("sliding_window") else None}
 
     @property
     def arch(self) -> Arch:

@@ -21,6 +21,7 @@ class Qwen2Config(LlamaConfig):
     layer_types: tuple[str, ...] = ()
 
     model_type: ClassVar[str] = "qwen2"
+    says: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     unwritten: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias", "head_dim")
 
     @classmethod
@@ -28,8 +29,9 @@ class Qwen2Config(LlamaConfig):
         """Reads the windows: from layer `max_window_layers` on, unless the file lists them."""
         c.require("hidden_act", "silu")
         layers, on = c.int("num_hidden_layers"), c.bool("use_sliding_window", implied=False)
-        size = c.raw("sliding_window")
-        first = c.int("max_window_layers", implied=layers)
+        listed = c.raw("layer_types") is not None
+        size = c.said("sliding_window") if on else c.raw("sliding_window")
+        first = c.int("max_window_layers", implied=None if on and not listed else layers)
         usual = tuple(SLIDING if on and size and i >= first else FULL for i in range(layers))
         types = layer_types(c, usual)
         return {"sliding_window": size if on else None, "layer_types": types}

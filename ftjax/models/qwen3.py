@@ -17,6 +17,7 @@ class Qwen3Config(Qwen2Config):
     """The numbers of a Qwen3."""
 
     model_type: ClassVar[str] = "qwen3"
+    says: ClassVar[tuple[str, ...]] = ("num_key_value_heads", "head_dim")
     unwritten: ClassVar[tuple[str, ...]] = ("mlp_bias",)
 
     @property

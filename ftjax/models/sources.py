@@ -1,6 +1,7 @@
 """Where a run's model comes from: `Pretrained` (a folder, a hub id, or the embedded base) or `Scratch` (new weights).
 
 model=Pretrained(path="my/llama", dtype="bfloat16")
+model=Pretrained(path="my/llama", quantize=NF4())
 model=Scratch(family="llama", settings=("hidden_size=192", "num_hidden_layers=6", ...), tokenizer="my/tokenizer")
 """
 
@@ -8,22 +9,28 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field
 
+from ftjax.errors import FtjaxError
 from ftjax.headspec import HeadSpec
 from ftjax.models import hf
 from ftjax.models.base import Model, Numerics
 from ftjax.models.folder import resolve
 from ftjax.models.tensors import Place
-from ftjax.params import Store, init_leaf, key_of
+from ftjax.params import Store, Table, init_leaf, key_of
+from ftjax.peft.base import FROZEN, cut_for
+from ftjax.quant.base import Storage, trained_lines
 from ftjax.registry import register
-from ftjax.schema import Component
+from ftjax.safefiles import read_json
+from ftjax.schema import Component, Default, Slot
+from ftjax.tree import matches
 
 EMBEDDED = "embedded"
 Placer = Callable[[Model], Place]
@@ -41,6 +48,7 @@ class Pretrained(Component):
     name: Literal["pretrained"] = "pretrained"
     path: str = Field(EMBEDDED, min_length=1, description="Folder, hub id, or 'embedded' for the model in the package.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the frozen weights.")
+    quantize: Annotated[Any, Slot("quant")] = Default("quant", "none")
 
     @property
     def folder(self) -> Path:
@@ -63,8 +71,35 @@ class Pretrained(Component):
     ) -> tuple[Model, Store]:  # fmt: skip
         """(model, parameters); `say` is told of a head that is not in the files."""
         return hf.load(
-            str(self.folder), dtype=self.dtype, numerics=numerics, head=head, seed=seed, say=say, place=place
-        )
+            str(self.folder), dtype=self.dtype, numerics=numerics, head=head, seed=seed, say=say, place=place,
+            storage=self.quantize,
+        )  # fmt: skip
+
+    def check(self, run: Any) -> Iterator[str]:
+        """Quantized kernels cannot be trained. A hub id is judged when it is loaded."""
+        file = (embedded_folder() if self.path == EMBEDDED else Path(self.path)) / "config.json"
+        if not self.quantize.packs or not file.is_file():
+            return
+        try:
+            table = hf.model_of(read_json(file), Numerics()).table
+            keys = trained_keys(run.peft, table, self.quantize)
+        except FtjaxError:
+            return  # of the model or of the method, and told where these are made
+        place = f"peft={run.peft.name}, model.quantize={self.quantize.name}"
+        yield from (f"{place}  {line}" for line in trained_lines(keys, method="the method"))
+
+
+def trained_keys(method: Any, table: Table, storage: Storage) -> list[str]:
+    """Kernels that `storage` would quantize and `method` would train.
+
+    Raises:
+      ConfigError: the method does not fit the model.
+    """
+    rules = method.labels(table)
+    counted: Store = {k: np.zeros(s.shape[:1], np.int8) for k, s in table.items() if storage.covers(k, s)}
+    keys = cut_for(counted, {}, method, table)
+    first = {k: next((name for rule, name in rules if matches(f"base/{k}", rule)), FROZEN) for k in keys}
+    return [k for k, name in first.items() if name != FROZEN]
 
 
 @register("model")
@@ -75,7 +110,10 @@ class Scratch(Component):
     family: str = Field("llama", description="Model family, as config.json's model_type names it.")
     settings: tuple[str, ...] = Field((), description="Entries of config.json as name=value.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the exported weights.")
-    tokenizer_path: str = Field("", description="Tokenizer folder; empty: a byte-level BPE trained on the data.")
+    tokenizer_path: str = Field("", description="Tokenizer folder; empty: a new one is trained on the data.")
+    tokenizer_kind: Literal["bpe", "bpe-mask", "wordpiece"] = Field(
+        "bpe", description="A new tokenizer: byte-level BPE for decoders, with a mask for RoBERTa, WordPiece for BERT."
+    )
     vocab: int = Field(4096, gt=256, description="Size of a newly trained vocabulary.")
 
     @property

@@ -102,9 +102,9 @@ def tokenizer_of(run: config.Run, folder: Path) -> Any:
         return load_tokenizer(source)
     own = folder / "tokenizer"
     if not (own / "tokenizer.json").exists():
-        from ftjax.data.bpe import train_bpe
+        from ftjax.data.new_tokenizer import train_tokenizer
 
-        train_bpe(run.data.examples("train"), run.model.vocab, own)
+        train_tokenizer(run.model.tokenizer_kind, run.data.examples("train"), run.model.vocab, own)
     return load_tokenizer(own)
 
 

@@ -255,3 +255,43 @@ def test_an_old_pythia_config(tmp_path):
     path.write_text(json.dumps({k: v for k, v in old.items() if k != "rotary_pct"}))
     with pytest.raises(DataError, match="rotary_pct"):
         hf.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("Mistral", "sliding_window"), ("Mistral", "num_key_value_heads"), ("Gemma2", "attn_logit_softcapping"),
+        ("Gemma2", "head_dim"), ("Qwen3", "head_dim"), ("Qwen2", "num_key_value_heads"),
+    ],
+)  # fmt: skip
+def test_a_number_that_transformers_would_put_itself_must_be_there(tmp_path, family, name):
+    import json
+
+    torch_decoder(tmp_path, family, FAMILIES[family][1][0])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config.pop(name)
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match=f"'{name}' is missing"):
+        hf.load(str(tmp_path))
+
+
+def test_an_old_gemma3_config(tmp_path):
+    """`rope_theta`, `rope_local_base_freq`, `rope_scaling` and `sliding_window_pattern` as the first checkpoints have them."""
+    import json
+
+    theirs = torch_decoder(tmp_path, "Gemma3", FAMILIES["Gemma3"][1][1] | {"layer_types": None, "num_hidden_layers": 7})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    del config["layer_types"]
+    config |= {
+        "rope_theta": rope["full_attention"]["rope_theta"], "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": rope["sliding_attention"]["rope_theta"], "sliding_window_pattern": 6,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    model, params = hf.load(str(tmp_path))
+    ids, mask = rows(97)
+    assert apart(our_logits(model, params, ids, mask), torch_logits(theirs, ids, mask), mask) < 1e-4
+    again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert apart(our_logits(model, params, ids, mask), torch_logits(again, ids, mask), mask) < 1e-4
