@@ -66,10 +66,9 @@ class HubCodec(Codec):
 
     def module(self, table: Table, key: str) -> str:
         """The name of the module that holds a site's adapters, ``{}`` for the layer."""
-        stack, place = unranged(key).split("/", 1)
-        names = [s.hf for k, s in table.items() if unranged(k).startswith(stack + "/") and "{}" in s.hf]
+        names = layer_names(table, key)
         places = next(p for end, p in _PLACES if any(n.endswith(end) for n in names))
-        return f"{names[0].split('{}')[0]}{{}}.{places[place]}"
+        return f"{names[0].split('{}')[0]}{{}}.{places[key.rsplit('/', 1)[-1]]}"
 
     def refuse(self, config: Mapping[str, Any]) -> list[str]:
         """See `Codec`."""
@@ -126,6 +125,12 @@ class HubCodec(Codec):
         module = self.module(table, key)
         for i in range(r.stop - r.start):
             yield from ((part, f"{module.format(r.start + i)}.{name}.{part}", i) for part in arrays)
+
+
+def layer_names(table: Table, key: str) -> list[str]:
+    """Names in the checkpoint of the weights of a site's layer, ``{}`` for its number."""
+    stack = unranged(key).split("/", 1)[0] + "/"
+    return [s.hf for k, s in table.items() if unranged(k).startswith(stack) and "{}" in s.hf]
 
 
 def hub_name(config: Mapping[str, Any]) -> str:

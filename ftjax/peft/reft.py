@@ -11,18 +11,23 @@ optimizer does.
 
 from __future__ import annotations
 
+import dataclasses as dc
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from pydantic import Field
 
-from ftjax.errors import ConfigError
+from ftjax.errors import ConfigError, DataError
 from ftjax.params import ParamSpec, Store, Table, layer_keys, ranged, spec_of, unranged
+from ftjax.peft.adapterhub import Arrays, HubCodec, hub_name, layer_names
 from ftjax.peft.base import FROZEN, Overlay, subset
-from ftjax.registry import register
+from ftjax.peft.interop import Tensors
+from ftjax.registry import known, register
 from ftjax.rows import places
 from ftjax.schema import Component
 from ftjax.tree import Rules
@@ -88,6 +93,110 @@ class ReFTTap:
         """Split as the hidden values."""
         lead = spec.axes[:-1]
         return {"r": (*lead, None, None, "embed"), "w": (*lead, None, None, "embed"), "b": (*lead, None, None)}
+
+
+class ReFTCodec(HubCodec):
+    """ReFT in AdapterHub's format.
+
+    Of LoReFT it holds the parametrisation of R: a D x D matrix for each edit. That is read, but R alone is written, with the
+    settings where AdapterHub does not find them, since it would pass over such an R in silence. A file that does not say
+    ``subtract_projection`` means true, as it does there.
+    """
+
+    read = frozenset({"layers", "prefix_positions", "suffix_positions", "r", "tied_weights", "dropout", "dtype"})
+
+    def __init__(self, method: str, *, orthogonal: bool, subtract: bool):
+        self.method = method
+        self.settings = {
+            "architecture": "reft", "orthogonality": orthogonal, "subtract_projection": subtract,
+            "output_reft": True, "non_linearity": None,
+        }  # fmt: skip
+
+    def refuse(self, config: Mapping[str, Any]) -> list[str]:
+        """See `Codec`."""
+        lines = super().refuse({"architecture": None, "subtract_projection": True, **config})
+        if not (config.get("prefix_positions") or config.get("suffix_positions")):
+            lines.append("prefix_positions=0, suffix_positions=0  edit nothing")
+        return lines
+
+    def wrap(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See `Codec`."""
+        return {**config, "name": hub_name({})} if config["orthogonality"] else super().wrap(config)
+
+    def config_of(self, method: ReFT, overlay: Overlay, table: Table) -> dict[str, Any]:
+        """See `HubCodec`."""
+        first, last = parse_positions(method.positions)
+        return {
+            "layers": list(method.layers) or "all", "prefix_positions": first, "suffix_positions": last,
+            "r": method.rank, "tied_weights": method.tied or not (first and last),
+        }  # fmt: skip
+
+    def method_of(self, config: Mapping[str, Any], table: Table) -> ReFT:
+        """See `HubCodec`."""
+        ends = {"f": config.get("prefix_positions"), "l": config.get("suffix_positions")}
+        layers = config.get("layers", "all")
+        return known("peft")[self.method](
+            rank=int(config["r"]), positions="+".join(f"{k}{n}" for k, n in ends.items() if n),
+            tied=bool(config.get("tied_weights")) and all(ends.values()),
+            layers=() if layers == "all" else tuple(sorted(layers)),
+        )  # fmt: skip
+
+    def module(self, table: Table, key: str) -> str:
+        """See `HubCodec`."""
+        return layer_names(table, key)[0].split("{}")[0] + "{}.reft_layer.refts"
+
+    def arrays(self, tap: ReFTTap) -> Arrays:
+        """See `HubCodec`."""
+        R, units = np.asarray(tap.rotation), range(tap.b.shape[-2])
+        return (
+            {f"units.{u}.learned_source.weight": tap.w[..., u, :, :] for u in units}
+            | {f"units.{u}.learned_source.bias": tap.b[..., u, :] for u in units}
+            | {f"units.{u}.projection.weight": R[..., u, :, :] for u in units}
+        )
+
+    def tap_of(self, arrays: Arrays, like: ReFTTap) -> ReFTTap:
+        """See `HubCodec`."""
+        units = range(like.b.shape[-2])
+        w, r = (
+            np.stack([arrays[f"units.{u}.{k}.weight"] for u in units], -3) for k in ("learned_source", "projection")
+        )
+        b = np.stack([arrays[f"units.{u}.learned_source.bias"] for u in units], -2)
+        return dc.replace(like, r=r, w=w, b=b)
+
+    def decode(self, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store) -> tuple[Any, Overlay]:
+        """See `Codec`."""
+        if not config.get("tied_weights"):  # AdapterHub has both edits even where one end alone is edited
+            for here, there in (("prefix", ".units.0."), ("suffix", ".units.1.")):
+                if not config.get(f"{here}_positions"):
+                    tensors = {k.replace(".units.1.", ".units.0."): v for k, v in tensors.items() if there not in k}
+        method, overlay = super().decode(config, unparametrised(tensors), table, params)
+        for key, tap in overlay.items():
+            gram = tap.r @ tap.r.swapaxes(-1, -2)
+            if method.orthogonal and float(abs(gram - jnp.eye(method.rank, dtype=gram.dtype)).max()) > 1e-3:
+                raise DataError(f"{key}: the rows of a projection are not orthonormal, as orthogonality=true says")
+        return method, overlay
+
+
+def unparametrised(tensors: Tensors) -> Tensors:
+    """The same tensors with R in the place of what torch's orthogonal parametrisation keeps for it.
+
+    R^T = B H_1 ... H_r [:, :r] S, H_i Householder reflections from the columns of `original`^T, S the signs of its diagonal.
+    """
+    out: Tensors = {}
+    for name, value in tensors.items():
+        stem, found, last = name.partition(".parametrizations.weight.")
+        if not found:
+            out[name] = value
+        elif last == "original":
+            base = tensors.get(f"{stem}.parametrizations.weight.0.base")
+            a_Dr = np.tril(value.T, -1)
+            Q_Dr = np.eye(*a_Dr.shape, dtype=np.float32)
+            for i in reversed(range(a_Dr.shape[1])):
+                v_D = a_Dr[:, i] + np.eye(len(a_Dr), dtype=np.float32)[i]
+                Q_Dr -= np.outer(v_D, 2 / (v_D @ v_D) * (v_D @ Q_Dr))
+            Q_Dr *= np.trunc(np.diagonal(value))
+            out[f"{stem}.weight"] = (Q_Dr if base is None else base @ Q_Dr).T
+    return out
 
 
 _POSITIONS = r"f[1-9]\d*|l[1-9]\d*|f[1-9]\d*\+l[1-9]\d*"
@@ -164,6 +273,7 @@ class LoReFT(ReFT):
 
     orthogonal: ClassVar[bool] = True
     subtract: ClassVar[bool] = True
+    hf_codec: ClassVar[ReFTCodec] = ReFTCodec("loreft", orthogonal=True, subtract=True)
     name: Literal["loreft"] = "loreft"
 
 
@@ -173,6 +283,7 @@ class NoReFT(ReFT):
 
     orthogonal: ClassVar[bool] = False
     subtract: ClassVar[bool] = True
+    hf_codec: ClassVar[ReFTCodec] = ReFTCodec("noreft", orthogonal=False, subtract=True)
     name: Literal["noreft"] = "noreft"
 
 
@@ -182,4 +293,5 @@ class DiReFT(ReFT):
 
     orthogonal: ClassVar[bool] = False
     subtract: ClassVar[bool] = False
+    hf_codec: ClassVar[ReFTCodec] = ReFTCodec("direft", orthogonal=False, subtract=False)
     name: Literal["direft"] = "direft"

@@ -22,6 +22,7 @@ from ftjax.generate.sampling import Sampling  # noqa: E402
 from ftjax.models import hf  # noqa: E402
 from ftjax.params import bounds, cut  # noqa: E402
 from ftjax.peft.base import bind  # noqa: E402
+from ftjax.peft.interop import load_adapter  # noqa: E402
 from tests.oracle import apart, rows, torch_llama  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -287,3 +288,36 @@ def test_adapters(bases, name, family, options):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_r_of_torchs_parametrisation(bases, tmp_path):
+    """A LoReFT file of AdapterHub holds what torch keeps of an orthogonal R: a square base and reflections."""
+    _, model, params = bases["llama"]
+    tensors, want = {}, {}
+    for layer in range(3):
+        for unit in range(2):
+            linear = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(32, 3, bias=False))
+            with torch.no_grad():  # as after training
+                held = linear.parametrizations.weight.original
+                held.add_(torch.randn_like(held) * 0.3 * (1 - torch.eye(3, 32)))
+            stem = f"model.layers.{layer}.reft_layer.refts.a.units.{unit}."
+            state = {f"projection.{k}": v.contiguous() for k, v in linear.state_dict().items()}
+            source = torch.nn.Linear(32, 3)
+            state |= {f"learned_source.{k}": v for k, v in source.state_dict().items()}
+            tensors |= {stem + k: v for k, v in state.items()}
+            want[layer, unit] = linear.weight.detach().numpy()
+    import json
+
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    settings = dict(
+        architecture="reft", layers="all", prefix_positions=3, suffix_positions=2, r=3, orthogonality=True,
+        tied_weights=False, dropout=0.05, non_linearity=None, output_reft=True, dtype=None,
+    )  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"config": settings, "name": "a"}))
+    file = load_adapter(tmp_path, model.table, params)
+    assert file.method.name == "loreft" and file.method.positions == "f3+l2"
+    (tap,) = file.overlay.values()
+    for (layer, unit), R in want.items():
+        np.testing.assert_allclose(tap.rotation[layer, unit], R, atol=2e-6)
