@@ -17,6 +17,7 @@ from ftjax.models.transformer import Decoder
 from ftjax.params import Store, bounds, cut
 from ftjax.peft import base as peft
 from ftjax.peft.interop import head_of, load_adapter
+from ftjax.quant.base import Storage
 
 
 def load_pretrained(
@@ -26,6 +27,7 @@ def load_pretrained(
     *,
     head: HeadSpec | None = None,
     seed: int = 0,
+    quantize: Storage | None = None,
 ) -> tuple[Model, Store]:
     """Loads a model folder or hub id, optionally with an adapter laid over it.
 
@@ -36,6 +38,7 @@ def load_pretrained(
       head: what stands on top, e.g. ``HeadSpec("sequence_classification", ("no", "yes"))``; by default what the folder's
         config names.
       seed: of a head that the files do not have; a warning says so.
+      quantize: how the blocks' kernels are held, e.g. ``NF4()``; None: as plain arrays.
 
     Returns:
       (model, params): ``model.apply(params, {"input_ids": [B, T], "attention_mask": [B, T]}).logits``.
@@ -45,11 +48,11 @@ def load_pretrained(
       ConfigError: the family has no such head.
     """
     if adapter is None:
-        return hf.load(str(path_or_id), dtype=dtype, head=head, seed=seed)
+        return hf.load(str(path_or_id), dtype=dtype, head=head, seed=seed, storage=quantize)
     brought = head or head_of(adapter)
     # A head that the adapter brings replaces the one drawn here, so there is nothing to tell of it.
     say = (lambda _: None) if brought else warnings.warn
-    model, params = hf.load(str(path_or_id), dtype=dtype, head=brought, seed=seed, say=say)
+    model, params = hf.load(str(path_or_id), dtype=dtype, head=brought, seed=seed, say=say, storage=quantize)
     file = load_adapter(adapter, model.table, params, base_path=str(path_or_id))
     params |= {k: jnp.asarray(v, params[k].dtype) for k, v in file.saved.items()}
     return model, peft.bind(cut(params, bounds(file.overlay)), file.overlay)
@@ -74,6 +77,8 @@ def save_pretrained(
 
 def merge(model: Model, params: Store) -> Store:
     """Folds the adapters in `params` into the weights, in float32; the result is plain weights in the base's dtype.
+
+    Quantized weights are dequantized first.
 
     Raises:
       ConfigError: the adapter cannot be merged (a prefix or an intervention).

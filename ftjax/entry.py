@@ -15,6 +15,7 @@ from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
 from ftjax.options import FolderArgs, GenerateArgs
 from ftjax.params import Store, join
+from ftjax.quant.base import bits_per_parameter
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.report.console import Console
 from ftjax.train.metrics import read_lines
@@ -86,7 +87,8 @@ def _model_for(args: GenerateArgs) -> tuple[Any, Store, Any]:
     if not (adapter / "adapter_config.json").exists():
         raise ConfigError(f"{args.run} holds neither an adapter nor a model yet: it has not finished training")
     base = run.model.folder
-    return *api.load_pretrained(base, dtype=run.model.dtype, adapter=adapter), load_tokenizer(base)
+    loaded = api.load_pretrained(base, dtype=run.model.dtype, adapter=adapter, quantize=run.model.quantize)
+    return *loaded, load_tokenizer(base)
 
 
 def merge(args: FolderArgs) -> int:
@@ -94,6 +96,11 @@ def merge(args: FolderArgs) -> int:
     console = Console()
     setup, state, step = _open(args.run, (), console)
     _refuse_full(args.to)
+    if bits := bits_per_parameter(setup.store(state)["base"]):
+        console.note(
+            f"the base is quantized ({bits:.2f} bits per parameter): its kernels are dequantized and the adapter is added "
+            f"in float32. The result is a plain {setup.run.model.dtype} model, which is not quantized"
+        )
     write_model(setup, join(merged(setup, state)), args.to, card=_card(setup, step, adapter=False))
     console.where({"model": args.to})
     return 0

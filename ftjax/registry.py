@@ -24,6 +24,7 @@ PACKAGES = {
     "data": "ftjax.data.tasks",
     "regime": "ftjax.regimes",
     "eval": "ftjax.evals",
+    "quant": "ftjax.quant",
 }
 
 _tables: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}

@@ -21,7 +21,7 @@ MODULES = sorted([*(ROOT / "ftjax").rglob("*.py"), ROOT / "run.py"])
 LAYERS = (
     "errors folders jsontext registry safefiles schema words config explain overrides problems configfile "
     "tree ops params rows headspec",
-    "parallel kernels",
+    "parallel kernels quant",
     "models peft objectives data generate evals",
     "regimes train report",
     "api entry verbs options envinfo run ftjax",

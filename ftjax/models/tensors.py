@@ -23,6 +23,8 @@ from ftjax.errors import ConfigError, DataError, listing
 from ftjax.models.folder import stream
 from ftjax.ops import Weight
 from ftjax.params import ParamSpec, Store, Table, join, ranged
+from ftjax.quant.base import Storage, stacked
+from ftjax.tree import path_of
 
 
 def file_names(table: Table) -> dict[str, tuple[str, int | None]]:
@@ -49,6 +51,7 @@ def load_table(
     ignore: Callable[[str], bool] = lambda _: False,
     absent: Callable[[str], Any] | None = None,
     place: Place | None = None,
+    storage: Storage | None = None,
 ) -> Store:
     """Fills every parameter of a table from safetensors files.
 
@@ -60,6 +63,7 @@ def load_table(
       ignore: extra names (renamed) that carry no parameter of this table: old buffers, other heads.
       absent: value of a store key that no file has; None where it must be there.
       place: makes the device array from (store key, host array); by default on the default device.
+      storage: quantizes the kernels that it covers, layer by layer, so that the host never holds them whole.
 
     Raises:
       DataError: missing, extra, misshapen or non-finite tensors, all in one table.
@@ -67,6 +71,7 @@ def load_table(
     names = file_names(table)
     place = place or (lambda _, x: jnp.asarray(x))
     host: dict[str, np.ndarray] = {}
+    packed: dict[str, dict[int, Any]] = {}
     left = Counter(key for key, _ in names.values())
     store: Store = {}
     problems: list[str] = []
@@ -83,6 +88,13 @@ def load_table(
             continue
         if layer is None:
             store[key] = place(key, _fill(np.empty(value.shape, dtype), value))
+            continue
+        if storage is not None and storage.covers(key, table[key]):
+            layers = packed.setdefault(key, {})
+            layers[layer] = storage.encode(_fill(np.empty(value.shape, dtype), value))
+            left[key] -= 1
+            if left[key] == 0:
+                store[key] = place_tree(place, key, stacked(packed.pop(key)))
             continue
         if key not in host:
             host[key] = np.empty(table[key].shape, dtype)
@@ -103,6 +115,11 @@ def load_table(
     if problems:
         raise DataError(listing(f"{files[0].parent}: weights do not fit the model", problems))
     return {k: store[k] for k in table if k in store}
+
+
+def place_tree(place: Place, key: str, weight: Any) -> Any:
+    """A quantized weight whose arrays `place` has put where they belong, each by its own path below `key`."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: place(f"{key}/{path_of(path)}", x), weight)
 
 
 def _fill(out: np.ndarray, value: np.ndarray) -> np.ndarray:

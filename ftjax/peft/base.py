@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 
 from ftjax.errors import ConfigError, nearest
-from ftjax.ops import Adapted
+from ftjax.ops import Adapted, Weight
 from ftjax.params import Ranged, Store, Table, bounds, cut, layer_keys, ranged, unranged
 from ftjax.tree import Rules, matches
 
@@ -114,6 +114,8 @@ def check_overlay(overlay: Mapping[str, Any], table: Table) -> None:
 def merge(params: Mapping[str, Any], table: Table) -> Store:
     """Folds every adapter into its weight, in float32, and returns plain arrays in the base's dtype.
 
+    A quantized weight is dequantized first, so the result is a plain model that is not quantized.
+
     Raises:
       ConfigError: a tap (prefix, bottleneck, intervention) has no weight to be folded into.
     """
@@ -124,8 +126,8 @@ def merge(params: Mapping[str, Any], table: Table) -> Store:
     from ftjax.params import join
 
     folded = {
-        key: jax.jit(lambda v: v.materialize())(value).astype(_dtype(value.base))
-        if isinstance(value, Adapted)
+        key: jax.jit(lambda v: v.materialize())(value).astype(_dtype(getattr(value, "base", value)))
+        if isinstance(value, Weight)
         else value
         for key, value in params.items()
     }

@@ -13,10 +13,12 @@ from typing import Any
 
 from ftjax import tree
 from ftjax.params import Table, ranged, spec_of
+from ftjax.quant.base import Quantized
 from ftjax.report.grid import Grid
 from ftjax.report.units import percent, size
 
-FROZEN, FIXED = "frozen", "fixed numbers"
+FROZEN, QUANTIZED, FIXED = "frozen", "frozen, quantized", "fixed numbers"
+UNTRAINED = (FROZEN, QUANTIZED, FIXED)
 MASTER_BYTES = 4  # trained leaves are held in float32, whatever the base's dtype
 
 
@@ -53,7 +55,7 @@ class ParameterReport:
     @property
     def trainable(self) -> int:
         """Entries of the optimizer groups."""
-        return sum(r.entries for r in self.rows if r.name not in (FROZEN, FIXED))
+        return sum(r.entries for r in self.rows if r.name not in UNTRAINED)
 
     @property
     def frozen(self) -> int:
@@ -62,7 +64,7 @@ class ParameterReport:
 
     def grid(self) -> Grid:
         """The report as a table."""
-        trained = [r for r in self.rows if r.name not in (FROZEN, FIXED)]
+        trained = [r for r in self.rows if r.name not in UNTRAINED]
         totals = [_sum("trainable", trained), _sum("all", self.rows)]
         header = ("group", "tensors", "entries", "share", "bytes", "modules")
         rows = tuple(self._cells(r) for r in (*self.rows, *totals))
@@ -88,9 +90,17 @@ def parameter_report(table: Table, trainable: Any, const: Any, frozen: Any, grou
     for path, leaf in tree.leaves_by_path(trainable).items():
         by_group.setdefault(names[path], {})[path] = leaf
     trained = [_row(name, leaves, table, MASTER_BYTES) for name, leaves in sorted(by_group.items())]
-    still = {FROZEN: tree.leaves_by_path(frozen), FIXED: tree.leaves_by_path(const)}
+    base = {k: v for k, v in frozen["base"].items() if isinstance(v, Quantized)}
+    plain = {**frozen, "base": {k: v for k, v in frozen["base"].items() if k not in base}}
+    still = {FROZEN: tree.leaves_by_path(plain), FIXED: tree.leaves_by_path(const)}
     rest = [_row(name, leaves, None, None) for name, leaves in still.items() if leaves]
-    return ParameterReport((*rest, *trained))
+    return ParameterReport((*rest[:1], *_quantized(base), *rest[1:], *trained))
+
+
+def _quantized(base: Mapping[str, Any]) -> list[GroupRow]:
+    """What few bits stand for, and what they take."""
+    tensors, entries = sum(_layers(f"base/{k}") for k in base), sum(v.entries for v in base.values())
+    return [GroupRow(QUANTIZED, tensors, entries, tree.nbytes(base))] if base else []
 
 
 def _row(name: str, leaves: Mapping[str, Any], table: Table | None, itemsize: int | None) -> GroupRow:

@@ -17,6 +17,7 @@ from ftjax import tree
 from ftjax.errors import ConfigError
 from ftjax.params import Store, Table, cut, ranged, spec_of
 from ftjax.peft.base import CONST, FROZEN, Overlay, check_overlay
+from ftjax.quant.base import Quantized, refuse_trained
 from ftjax.tree import Rules
 
 
@@ -77,12 +78,15 @@ def partition(base: Store, overlay: Overlay, table: Table, rules: Rules) -> Part
     """Labels a store and splits it.
 
     Raises:
-      ConfigError: an overlay entry fits nothing, a rule matches nothing, or nothing is trainable.
+      ConfigError: an overlay entry fits nothing, a rule matches nothing, a quantized weight would be trained, or nothing
+        is trainable.
     """
     check_overlay(overlay, table)
     mutable = {k: v for k, v in base.items() if spec_of(table, k).kind == "stat"}
     store = {"base": {k: v for k, v in base.items() if k not in mutable}, "overlay": overlay}
     labels = tree.label(store, rules)
+    packed = [k for k, v in store["base"].items() if isinstance(v, Quantized)]
+    refuse_trained(k for k in packed if set(jax.tree.leaves(labels["base"][k])) != {FROZEN})
     trainable, rest = tree.split(store, labels, lambda name: name not in (FROZEN, CONST))
     if not jax.tree.leaves(trainable):
         raise ConfigError("0 trainable parameters: the method's rules leave everything frozen")
