@@ -80,7 +80,10 @@ def _locate(loc: tuple[int | str, ...], plain: Any, *, extra: bool) -> Place:
         if below is None:
             continue
         owner = component_at(found, node) or owner
-        node = node.get(key) if isinstance(node, dict) else node[int(key)] if isinstance(node, list) else None
+        if isinstance(node, list):
+            node = node[int(key)] if int(key) < len(node) else None  # a list may be too short
+        else:
+            node = node.get(key) if isinstance(node, dict) else None
         found, in_slot = below, any(arm.kind for arm in below)
         path.append(str(key))
     if extra:

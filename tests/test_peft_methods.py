@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ftjax.configfile import load
 from ftjax.errors import ConfigError, DataError
 from ftjax.headspec import HeadSpec
 from ftjax.peft.base import bind
@@ -302,6 +303,21 @@ def test_ranks_that_cannot_be(settings, text):
     assert text in str(error.value)
     with pytest.raises(ValueError, match="k: 0 is not above 0"):
         LoRA(ranks={"k": 0})
+
+
+def test_ranks_in_a_config(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from ftjax.config import Run\nfrom ftjax.data.tasks.local import Local\n"
+        "from ftjax.models.sources import Pretrained\nfrom ftjax.peft.lora import LoRA\n"
+        "def get_config():\n    return Run(name='x', model=Pretrained(path='m'), data=Local(path='d'),"
+        " peft=LoRA(ranks={'q': 4}))\n"
+    )
+    assert load(tmp_path / "c.py").peft.ranks == (("q", 4),)
+    assert load(tmp_path / "c.py", ['peft.ranks=[["v", 2]]', 'peft.alphas=[["v", 2]]']).peft == LoRA(
+        ranks={"v": 2}, alphas={"v": 2.0}
+    )
+    with pytest.raises(ConfigError, match="peft.ranks.0.1  is missing: LoRA needs an int"):
+        load(tmp_path / "c.py", ["peft.ranks=3"])
 
 
 def test_ranks_come_back(tmp_path, params):
