@@ -120,6 +120,8 @@ def test_packed_rows_equal_single_ones(name):
         batch = jax.tree.map(jnp.asarray, build_rows(rows, length))
         return np.asarray(apply(params, model_inputs(batch)).logits)
 
+    lengths = model_inputs(jax.tree.map(jnp.asarray, build_rows([examples], 30)))["prompt_len"][0, [0, 9, 15]]
+    assert lengths.tolist() == [5, 4, 11]
     packed = logits([examples], 30)[0]
     start = 0
     for row in examples:
