@@ -56,8 +56,11 @@ def config_page() -> str:
         kind = slot_kind(info)
         if kind is None and hasattr(info.annotation, "model_fields"):
             out += ["", f"## {name}", "", first_line(info.annotation), *head, *field_rows(info.annotation)]
-        for key, cls in (registry.known(kind) if kind else {}).items():
-            out += ["", f"## {name}={key}", "", first_line(cls)]
+        classes = registry.known(kind) if kind else {}
+        inner = {f"{name}.{n}": slot_kind(f) for cls in classes.values() for n, f in cls.model_fields.items()}
+        places = {name: classes, **{path: registry.known(k) for path, k in inner.items() if k}}
+        for path, key, cls in ((p, key, cls) for p, found in places.items() for key, cls in found.items()):
+            out += ["", f"## {path}={key}", "", first_line(cls)]
             rows = [r for r in field_rows(cls) if r.split("`")[1] != "name"]
             out += [*head, *rows] if rows else []
     return "\n".join(out) + "\n"

@@ -48,7 +48,9 @@ class Pretrained(Component):
     name: Literal["pretrained"] = "pretrained"
     path: str = Field(EMBEDDED, min_length=1, description="Folder, hub id, or 'embedded' for the model in the package.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the frozen weights.")
-    quantize: Annotated[Any, Slot("quant")] = Default("quant", "none")
+    quantize: Annotated[Any, Slot("quant"), Field(description="How the kernels of the blocks are held.")] = Default(
+        "quant", "none"
+    )
 
     @property
     def folder(self) -> Path:
