@@ -35,6 +35,8 @@ total = float(sum(p.double().sum() for p in model.parameters()))
     "ftjax": """
 import jax, jax.numpy as jnp
 import ftjax
+from ftjax import registry
+ftjax.load_pretrained, registry.known("family")
 jax.block_until_ready(jnp.zeros(3))
 before = memory()
 start = time.perf_counter()

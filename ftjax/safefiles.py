@@ -10,9 +10,13 @@ Every way in which such a file is usually broken has its own words.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ftjax.errors import DataError
@@ -35,6 +39,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected an object, got {type(value).__name__}")
     return value
+
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def stream_tensors(path: Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Every tensor's name, and a function that reads it, from any thread and without holding the others up.
+
+    Raises:
+      DataError: see `open_tensors`, which checks the header before anything is read by it.
+    """
+    with open_tensors(path) as f:
+        names = list(f.keys())
+    with path.open("rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+    for name in names:
+        entry, start = header[name], 8 + size
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] in _DTYPES:
+            yield name, partial(_read, path, _DTYPES[entry["dtype"]], entry["shape"], start + begin, end - begin)
+        else:
+            yield name, partial(_open_and_read, path, name)
+
+
+def _read(path: Path, dtype: Any, shape: list[int], start: int, size: int) -> np.ndarray:
+    return np.fromfile(path, np.uint8, count=size, offset=start).view(dtype).reshape(shape)
+
+
+def _open_and_read(path: Path, name: str) -> np.ndarray:
+    with open_tensors(path) as f:
+        return f.get_tensor(name)
 
 
 def open_tensors(path: Path) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ftjax.errors import DataError
-from ftjax.safefiles import open_tensors, read_json
+from ftjax.safefiles import read_json, stream_tensors
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -66,6 +66,4 @@ def tensor_files(folder: Path) -> list[Path]:
 def stream(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Every tensor's name, and a function that reads it."""
     for path in files:
-        with open_tensors(path) as f:
-            for name in f.keys():  # noqa: SIM118 (not a dict)
-                yield name, lambda f=f, name=name: f.get_tensor(name)
+        yield from stream_tensors(path)

@@ -10,13 +10,15 @@ loaded in part.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import ConfigError, DataError, listing
@@ -69,40 +71,19 @@ def load_table(
       DataError: missing, extra, misshapen or non-finite tensors, all in one table.
     """
     names = file_names(table)
-    place = place or (lambda _, x: jnp.asarray(x))
-    host: dict[str, np.ndarray] = {}
-    packed: dict[str, dict[int, Any]] = {}
-    left = Counter(key for key, _ in names.values())
-    store: Store = {}
+    # What is filled here is given away for good: the device may keep the very memory (the CPU does, where it is aligned).
+    place = place or (lambda _, x: jax.device_put(x, may_alias=True))
     problems: list[str] = []
-    for written, tensor in stream(files):
-        name = rename(written)
-        if name not in names:
-            if not ignore(name):
-                problems.append(f"extra      {written} {list(tensor().shape)}")
-            continue
-        key, layer = names.pop(name)
-        value, problem = _checked(name, tensor(), table[key])
-        if problem:
-            problems.append(problem)
-            continue
-        if layer is None:
-            store[key] = place(key, _fill(np.empty(value.shape, dtype), value))
-            continue
-        if storage is not None and storage.covers(key, table[key]):
-            layers = packed.setdefault(key, {})
-            layers[layer] = storage.encode(_fill(np.empty(value.shape, dtype), value))
-            left[key] -= 1
-            if left[key] == 0:
-                store[key] = place_tree(place, key, stacked(packed.pop(key)))
-            continue
-        if key not in host:
-            host[key] = np.empty(table[key].shape, dtype)
-            host[key][: table[key].since] = table[key].init == "ones"
-        _fill(host[key][layer], value)
-        left[key] -= 1
-        if left[key] == 0:
-            store[key] = place(key, host.pop(key))
+    with _Filling(table, names, dtype, place, storage) as filling:
+        for written, tensor in stream(files):
+            name = rename(written)
+            if name not in names:
+                if not ignore(name):
+                    problems.append(f"extra      {written} {list(tensor().shape)}")
+                continue
+            key, layer = names.pop(name)
+            filling.add(name, key, layer, tensor)
+    store, problems = filling.store, problems + filling.problems
     for key, spec in table.items():
         if spec.stacked and spec.kind != "site" and spec.since >= spec.shape[0]:  # fewer layers than that: in no file
             store[key] = place(key, np.full(spec.shape, spec.init == "ones", dtype))
@@ -122,24 +103,108 @@ def place_tree(place: Place, key: str, weight: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: place(f"{key}/{path_of(path)}", x), weight)
 
 
-def _fill(out: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Copies `value` into `out`; a transposed matrix strip by strip, which is three times as fast as all at once."""
-    strip = 32 if value.ndim == 2 and not value.flags.c_contiguous else 0
+_LINE = 64  # bytes of a cache line, to which devices want their memory aligned
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins at a cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class _Filling:
+    """Gathers tensors into a store: the layers of a stack in one array, copied while the next tensor is read."""
+
+    def __init__(
+        self, table: Table, names: dict[str, tuple[str, int | None]], dtype: Any, place: Place, storage: Storage | None
+    ) -> None:
+        self.store: Store = {}
+        self.problems: list[str] = []
+        self._table, self._dtype, self._place, self._storage = table, dtype, place, storage
+        self._left = Counter(key for key, _ in names.values())
+        self._host: dict[str, np.ndarray] = {}
+        self._packed: dict[str, dict[int, Any]] = {}
+        self._threads = min(os.cpu_count() or 1, 4)
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._pending: deque[Future[str | None]] = deque()
+
+    def add(self, name: str, key: str, layer: int | None, tensor: Callable[[], np.ndarray]) -> None:
+        """One tensor, called `name` in the file: of a layer, or of a parameter outside the stacks."""
+        spec = self._table[key]
+        self._left[key] -= 1
+        if layer is not None and self._storage is not None and self._storage.covers(key, spec):
+            self._pack(name, key, layer, tensor)
+            return
+        if key not in self._host:
+            self._host[key] = _empty(spec.shape, self._dtype)
+            if spec.stacked:
+                self._host[key][: spec.since] = spec.init == "ones"
+        if len(self._pending) >= self._threads:
+            self._wait(1)
+        out = self._host[key] if layer is None else self._host[key][layer]
+        self._pending.append(self._pool.submit(_take, name, tensor, spec, out))
+        if not self._left[key]:
+            self._wait(len(self._pending))
+            self.store[key] = self._place(key, self._host.pop(key))
+
+    def _wait(self, n: int) -> None:
+        """Until the first n of what is under way are done."""
+        for _ in range(n):
+            problem = self._pending.popleft().result()
+            self.problems += [problem] if problem else []
+
+    def _pack(self, name: str, key: str, layer: int, tensor: Callable[[], np.ndarray]) -> None:
+        """A layer's kernel, quantized."""
+        assert self._storage is not None
+        value = _empty(self._table[key].unstacked.shape, self._dtype)
+        if problem := _take(name, tensor, self._table[key], value):
+            self.problems.append(problem)
+            return
+        self._packed.setdefault(key, {})[layer] = self._storage.encode(value)
+        if not self._left[key]:
+            self.store[key] = place_tree(self._place, key, stacked(self._packed.pop(key)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def _take(name: str, tensor: Callable[[], np.ndarray], spec: ParamSpec, out: np.ndarray) -> str | None:
+    """Reads, checks and copies one tensor; the line that says what is wrong with it, if anything."""
+    value, problem = _checked(name, tensor(), spec)
+    if problem is None:
+        _fill(out, value)
+    return problem
+
+
+def _fill(out: np.ndarray, value: np.ndarray) -> None:
+    """Copies `value` into `out`; a transposed matrix in strips of a cache line, several times as fast as all at once."""
+    strip = _LINE // out.dtype.itemsize if value.ndim == 2 and not value.flags.c_contiguous else 0
     if not strip:
         out[...] = value
-        return out
+        return
     for i in range(0, value.shape[1], strip):
         out[:, i : i + strip] = value[:, i : i + strip]
-    return out
 
 
 def _checked(name: str, value: np.ndarray, spec: ParamSpec) -> tuple[np.ndarray, str | None]:
     """The tensor in our layout, or the line that says why not."""
     if value.shape != spec.file_shape:
         return value, f"misshapen  {name} {list(value.shape)}, the model has {list(spec.file_shape)}"
-    if not np.isfinite(value.astype(np.float32) if value.dtype.itemsize < 4 else value).all():
+    if not _finite(value):
         return value, f"non-finite {name} holds NaN or infinity"
     return spec.from_file(value), None
+
+
+def _finite(value: np.ndarray) -> bool:
+    """Whether no entry is NaN or infinite. A finite sum says so at once; one that overflows does not say the contrary."""
+    with np.errstate(all="ignore"):
+        wide = value if value.dtype.itemsize >= 4 else value.astype(np.float32)
+        return bool(np.isfinite(wide.sum())) or bool(np.isfinite(wide).all())
 
 
 def to_file_tensors(table: Table, params: Store) -> Iterator[tuple[str, np.ndarray]]:
