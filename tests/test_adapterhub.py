@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from ftjax import registry
 from ftjax.errors import DataError
+from ftjax.headspec import HeadSpec, label_names
 from ftjax.models.base import Model
-from ftjax.peft.interop import load_adapter, save_adapter
+from ftjax.peft.interop import head_of, load_adapter, save_adapter
 from tests import tiny, tinymodels
 
 METHODS = {
@@ -156,3 +157,31 @@ def test_tensors_missing_and_left_over(tmp_path):
     save_file(tensors, tmp_path / "adapter.safetensors")
     with pytest.raises(DataError, match=rf"{lost} +missing[\s\S]*layer\.9.*is not of this adapter"):
         load_adapter(tmp_path, model.table, base)
+
+
+def test_a_head_comes_along(tmp_path):
+    """A task's head stands beside the adapter under PEFT's names, and is found again."""
+    model = tinymodels.known()["bert"](head=HeadSpec("sequence_classification", label_names(3)))
+    base, method = tiny.weights(model), registry.get("peft", "pfeiffer")(reduction=4)
+    head = {k: v + 1 for k, v in base.items() if k.startswith("head/")}
+    overlay = method.init(jax.random.key(0), model.table, base)
+    save_adapter(tmp_path, overlay, model.table, method, base_path="b", task_type="SEQ_CLS", saved=head)
+    found = head_of(tmp_path)
+    assert found is not None and (found.kind, len(found.labels)) == ("sequence_classification", 3)
+    file = load_adapter(tmp_path, model.table, base)
+    assert set(file.saved) == set(head) and all((np.asarray(head[k]) == v).all() for k, v in file.saved.items())
+
+
+@pytest.mark.parametrize("family", [f for f in tinymodels.known() if "resnet" not in f])
+def test_every_family_says_what_adapters_read(family):
+    """Traced only: a site that forgets the residual is found here."""
+    model = tinymodels.known()[family]()
+    base = jax.eval_shape(lambda: tiny.weights(model))
+    ids = jax.ShapeDtypeStruct((1, 4), np.int32)
+    images = jax.ShapeDtypeStruct((1, 3, tiny.IMAGE, tiny.IMAGE), np.float32)
+    inputs = {"pixel_values": images} if family == "vit" else {"input_ids": ids, "labels": ids}
+    for name in METHODS:
+        method = registry.get("peft", name)(reduction=4)
+        overlay = jax.eval_shape(lambda m=method: m.init(jax.random.key(0), model.table, {}))
+        bound = {**base, **overlay}
+        assert jax.eval_shape(lambda p, x: model.apply(p, x).logits, bound, inputs).ndim in (2, 3)

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ftjax.config import Run
+from ftjax.peft.adapter import Pfeiffer
 from ftjax.report.card import model_card
 
 FINGERPRINT = {"data": {"sources": "ab" * 32}, "examples": {"count": 1234, "sha256": "cd" * 32, "tokens": 56789}}
@@ -36,6 +37,12 @@ def test_an_adapter_names_its_base_and_library():
     assert front(card()) == {"library_name": "peft", "base_model": "some/llama", "tags": ["ftjax", "lora"]}
     read = ModelCard(card()).data
     assert (read.library_name, read.base_model, read.tags) == ("peft", "some/llama", ["ftjax", "lora"])
+
+
+def test_an_adapter_that_peft_does_not_know_is_not_offered_to_it():
+    text = card(run=Run(name="mine", seed=3, peft=Pfeiffer()).model_dump(mode="json"))
+    assert front(text)["library_name"] == "ftjax" and "peft import" not in text
+    assert 'ftjax.load_pretrained("some/llama", adapter=' in text
 
 
 def test_a_whole_model_is_no_adapter_and_still_names_what_it_started_from():

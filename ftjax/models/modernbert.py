@@ -190,13 +190,13 @@ class ModernBertBlock(nn.Module):
         kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
         a = attend(q, kv, seq, scale=H**-0.5, causal=False, window=window)
         a = self.linear(D, ("heads", "embed"), "o", "attn.Wo", bias=c.attention_bias)(a)
-        h = h + site(self, "attn_out", a, seq, hidden)
+        h = h + site(self, "attn_out", a, seq, hidden, residual=h)
         x = self.norm("ln2", "mlp_norm")(h)
         both = self.linear(2 * c.intermediate_size, ("embed", None), "gate_up", "mlp.Wi", bias=c.mlp_bias)(x)
         gate, up = jnp.split(both, 2, axis=-1)
         y = ACTIVATIONS[c.hidden_activation](gate) * up
         y = self.linear(D, ("mlp", "embed"), "down", "mlp.Wo", bias=c.mlp_bias)(y)
-        h = h + site(self, "mlp_out", y, seq, hidden)
+        h = h + site(self, "mlp_out", y, seq, hidden, residual=h)
         return site(self, "residual", h, seq, hidden), None
 
 

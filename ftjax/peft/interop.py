@@ -5,7 +5,8 @@
 
 A method that has such a format carries a `Codec` as its class attribute ``hf_codec``; that is all this module knows of
 methods, so that a new one is one file. Most store a few small arrays per adapted module: those subclass
-`ftjax.peft.modules.ModuleCodec`. Key names and shapes are those of PEFT 0.21.
+`ftjax.peft.modules.ModuleCodec`. Key names and shapes are those of PEFT 0.21. Methods that PEFT does not have are kept in
+AdapterHub's folders: `ftjax.peft.adapterhub`.
 """
 
 from __future__ import annotations

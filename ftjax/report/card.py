@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from ftjax.registry import known
 from ftjax.report.grid import markdown
 from ftjax.report.samples import comparison
 from ftjax.report.units import visible
@@ -21,9 +22,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "path/to/this/folder")
-```
+```"""
 
-```python
+OURS = """```python
 import ftjax
 
 model, params = ftjax.load_pretrained({base}, adapter="path/to/this/folder")
@@ -64,8 +65,9 @@ def model_card(
       adapter: whether this is an adapter over `base` rather than a whole model.
       notes: Markdown for the reader, after the description.
     """
+    foreign = getattr(known("peft").get(run["peft"]["name"]), "hf_type", None) is not None  # whether PEFT opens it
     front = [
-        f"library_name: {'peft' if adapter else 'transformers'}",
+        f"library_name: {'peft' if adapter and foreign else 'ftjax' if adapter else 'transformers'}",
         *([f"base_model: {json.dumps(base)}"] if base else []),
         "tags:",
         "- ftjax",
@@ -90,7 +92,7 @@ def model_card(
     if before or after:
         parts += ["", "## Held-out results", "", markdown(comparison(before, after))]
     versions = ", ".join(f"{p} {_version(p)}" for p in PACKAGES)
-    opening = PEFT.format(base=json.dumps(base)) if adapter else PLAIN
+    opening = "\n\n".join([PEFT, OURS] if foreign else [OURS]).format(base=json.dumps(base)) if adapter else PLAIN
     parts += ["", "## How to open it", "", opening, "", "## How it was made", "", versions]
     for name, value in (("Config", run), ("Fingerprint of the data", fingerprint)):
         parts += ["", f"{name}:", "", "```json", json.dumps(value, indent=2), "```"]
