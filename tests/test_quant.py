@@ -204,7 +204,7 @@ CASES = [f"nf4 scan {peft}" for peft in ("lora", "dora", "ia3", "prompt", "prefi
 def test_numbers_equal_those_of_the_dequantized_base(case):
     name, layers, peft = case.split()
     storage = STORAGES[name]
-    model, _, held = packed(storage, tiny.llama(Numerics(layers=layers)))
+    model, _, held = packed(storage, tiny.llama(Numerics(layers=layers), num_hidden_layers=2))
     plain = unpack_store(held)
     method = registry.get("peft", peft)()
     a, b = (tiny.tiny(method, model=model, base=x, randomize=True) for x in (held, plain))
@@ -220,7 +220,8 @@ def test_numbers_equal_those_of_the_dequantized_base(case):
         return jax.jit(jax.grad(loss))(t.state.trainable)
 
     found, wanted = gradients(a), gradients(b)
-    # By norms: XLA takes the transpose into the product, which then sums in another order than a plain array's.
+    # By norms, over two layers: the kernel lies transposed, so the product sums in another order than a plain array's.
+    # Over four layers plain arrays in the two orders differ by 0.8e-6 themselves, and NF4 from the plain one by 1.2e-6.
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert jnp.linalg.norm(x - y) < 1e-6 * jnp.linalg.norm(y)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found)) > 1e-3
