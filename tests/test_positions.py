@@ -120,3 +120,11 @@ def test_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="gpt2 learned positions for 16. Set loader.max_length=16 or less"):
         prepare(run(40), say=lambda _: None)
     assert prepare(run(16), say=lambda _: None).batches.length == 16
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_an_encoder_beyond_its_table_is_nan(family):
+    model = tinymodels.known()[family]()
+    params, ids = tiny.weights(model), jnp.full((1, model.places + 1), 5, jnp.int32)
+    assert np.isfinite(model.apply(params, {"input_ids": ids[:, :-1]}).logits).all()
+    assert np.isnan(model.apply(params, {"input_ids": ids}).logits).all()

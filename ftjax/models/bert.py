@@ -100,7 +100,10 @@ class Names:
 
 
 class BertEntrance(nn.Module):
-    """Words, positions and (where there are any) segment types, added and normed. `offset` is added to positions."""
+    """Words, positions and (where there are any) segment types, added and normed. `offset` is added to positions.
+
+    Where no position was learned the text becomes NaN.
+    """
 
     config: Any
     names: Names
@@ -119,6 +122,7 @@ class BertEntrance(nn.Module):
             std,
             dtype,
             (None, "embed"),
+            bounded=True,
             name="positions",
         )
         h = h + places(seq.positions + self.offset)

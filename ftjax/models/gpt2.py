@@ -116,12 +116,10 @@ class GPT2Entrance(nn.Module):
         c, D, std = self.config, self.config.hidden_size, self.config.initializer_range
         tokens = Embedding(c.vocab_size, D, "transformer.wte.weight", std, self.dtype, name="embed")
         places = Embedding(
-            c.max_position_embeddings, D, "transformer.wpe.weight", std, self.dtype, (None, "embed"), name="positions"
-        )
-        h = tokens(inputs["input_ids"]) + places(seq.positions)
-        # The gather would take the last row for every place beyond the table: let it be seen instead.
-        beyond = seq.positions >= c.max_position_embeddings
-        return jnp.where(beyond[..., None], jnp.asarray(jnp.nan, self.dtype), h)
+            c.max_position_embeddings, D, "transformer.wpe.weight", std, self.dtype, (None, "embed"), bounded=True,
+            name="positions",
+        )  # fmt: skip
+        return tokens(inputs["input_ids"]) + places(seq.positions)
 
 
 class GPT2Block(nn.Module):

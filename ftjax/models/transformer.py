@@ -37,7 +37,10 @@ class SoftInput(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows [..., D] of a table [rows, D] (tokens, positions, segments) in `dtype`."""
+    """Rows [..., D] of a table [rows, D] (tokens, positions, segments) in `dtype`.
+
+    With `bounded`, an id beyond the table gives NaN, which makes the whole text so: the gather would take the last row.
+    """
 
     rows: int
     dim: int
@@ -45,11 +48,13 @@ class Embedding(nn.Module):
     std: float
     dtype: Any
     axes: tuple[str | None, str | None] = ("vocab", "embed")
+    bounded: bool = False
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         w = leaf(self, "w", ParamSpec((self.rows, self.dim), self.axes, "embed", std=self.std, hf=self.hf))
-        return ops.embed(ids, w, self.dtype)
+        rows = ops.embed(ids, w, self.dtype)
+        return jnp.where((ids < self.rows)[..., None], rows, jnp.asarray(jnp.nan, self.dtype)) if self.bounded else rows
 
 
 class TokenEntrance(nn.Module):
