@@ -56,7 +56,8 @@ print(json.dumps({{"seconds": time.perf_counter() - start, "before": before, "pe
 
 
 TOUCH = "import sys, numpy; numpy.ones(int(float(sys.argv[1]) * 1e9) // 8)"
-MEMORY = """Memory *touched*: a process has just written three times as many bytes and ended. A virtual machine may take away pages
+MEMORY = """\
+Memory *touched*: a process has just written three times as many bytes and ended. A virtual machine may take away pages
 that were not used for a while, and giving them again is slow: transformers maps the files as they are, while here the
 weights are transposed into memory of their own, so that only ftjax waits for such pages.
 """
