@@ -9,6 +9,7 @@ drawn anew each time a row is built, as RoBERTa does (arXiv:1907.11692, section 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,11 @@ from ftjax.data.rows import BadRows
 from ftjax.errors import DataError
 
 MASKED, RANDOM = 0.8, 0.1
+
+
+def capacity(length: int, share: float) -> int:
+    """Most tokens that are chosen in a row of `length`, so that the vocabulary's logits are needed for those alone."""
+    return min(length, math.ceil(1.5 * share * length) + 4)
 
 
 @struct.dataclass
@@ -100,17 +106,20 @@ class MaskedExamples:
             begins = np.concatenate([self.begins[starts[i] : starts[i + 1]] for i in row] or [self.begins[:0]])
             able = np.concatenate([self.texts[i].weights for i in row] or [np.zeros(0, np.float32)]) > 0
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((*key, r))))
-            hidden, hit = self._hide(plain.tokens[r, :n], able, begins, rng)
+            hidden, hit = self._hide(plain.tokens[r, :n], able, begins, rng, capacity(length, float(self.numbers[0])))
             tokens[r, :n], chosen[r, :n] = hidden, hit
         return MaskBatch(tokens, plain.tokens, plain.positions, plain.segments, chosen)
 
     def _hide(
-        self, ids: np.ndarray, able: np.ndarray, begins: np.ndarray, rng: np.random.Generator
+        self, ids: np.ndarray, able: np.ndarray, begins: np.ndarray, rng: np.random.Generator, most: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids with some hidden, which were chosen) of one row; all tokens of a word share one draw."""
+        """(ids with some hidden, which at `most` were chosen) of one row; all tokens of a word share one draw."""
         share, mask, vocab = float(self.numbers[0]), int(self.numbers[1]), int(self.numbers[2])
         word = np.maximum(np.cumsum(begins) - 1, 0)
-        chosen = (rng.random(len(ids))[word] < share) & able
+        draws = rng.random(len(ids))[word]
+        chosen = (draws < share) & able
+        if chosen.sum() > most:  # whole words, those with the smallest draws
+            chosen &= draws < np.sort(draws[chosen])[most]
         fate = rng.random(len(ids))[word]
         hidden = np.where(chosen & (fate < MASKED), mask, ids)
         other = chosen & (fate >= MASKED) & (fate < MASKED + RANDOM)
