@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses as dc
 import itertools
 import json
-import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -263,16 +262,8 @@ def save(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str
     dtype = next(iter(jax.tree.leaves(params))).dtype
     config = {**model.config.to_hf(), **head_config(model), "torch_dtype": str(dtype), "dtype": str(dtype)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = total = 0
-    for name, value in itertools.chain(to_file_tensors(model.table, params), model.constants().items()):
-        if size and size + value.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
-        total += value.nbytes
-    _write_shards(folder, shards, total)
+    tensors = itertools.chain(to_file_tensors(model.table, params), model.constants().items())
+    _write_shards(folder, tensors)
     if tokenizer_from:
         for name in _TOKENIZER_FILES:
             source = Path(tokenizer_from) / name
@@ -281,15 +272,34 @@ def save(model: Model, params: Store, folder: str | Path, *, tokenizer_from: str
     return folder
 
 
-def _write_shards(folder: Path, shards: list[dict[str, np.ndarray]], total: int) -> None:
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """One file, or several with an index; no more than one is held at a time, so their number is known at the end only."""
+    parts: list[tuple[Path, list[str]]] = []
+    total = 0
+    for shard in _shards(tensors):
+        total += sum(x.nbytes for x in shard.values())
+        parts.append((folder / f"part-{len(parts)}.safetensors.tmp", list(shard)))
+        save_file(shard, parts[-1][0], metadata={"format": "pt"})
+    if len(parts) == 1:
+        parts[0][0].replace(folder / "model.safetensors")
         return
-    width = max(5, int(math.log10(len(shards))) + 1)
     weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:0{width}d}-of-{len(shards):0{width}d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
+    for i, (path, names) in enumerate(parts, 1):
+        name = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        path.replace(folder / name)
+        weight_map |= dict.fromkeys(names, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors in portions of up to `SHARD_BYTES`, but never less than one."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, value in tensors:
+        if shard and size + value.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = value
+        size += value.nbytes
+    yield shard
