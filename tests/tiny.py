@@ -17,6 +17,7 @@ from ftjax.data.labels import LabelBatch
 from ftjax.data.masking import MaskBatch
 from ftjax.data.pairs import PairBatch
 from ftjax.data.seq2seq import SeqBatch
+from ftjax.data.tags import TagBatch
 from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
 from ftjax.models.llama import Llama, LlamaConfig, Rope
@@ -123,7 +124,16 @@ def answered(rows: int, *, seed: int = 0) -> SeqBatch:
     return SeqBatch(one.tokens, one.positions, one.segments, two.tokens, real)
 
 
+def tagged(rows: int, *, classes: int = 2, seed: int = 0) -> TagBatch:
+    """Random texts of unequal lengths with classes on some tokens, [rows, T]."""
+    one, rng = labelled(rows, seed=seed), np.random.default_rng(seed)
+    chosen = (np.asarray(one.segments) == 0) & (rng.random(one.tokens.shape) < 0.5)
+    labels = np.where(chosen, rng.integers(0, classes, chosen.shape), 0).astype(np.int32)
+    return TagBatch(one.tokens, one.positions, one.segments, one.types, labels, chosen.astype(np.float32))
+
+
 BATCHES: dict[type, Any] = {
+    TagBatch: tagged,
     SeqBatch: answered,
     ImageBatch: images,
     MaskBatch: masked,
@@ -186,14 +196,15 @@ def tiny(
     rng = params.key_of(jax.random.key(seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
     past = (parts.trainable, parts.mutable) if objective.needs_reference else (None, None)
+    teacher = model if hasattr(objective, "teacher") else None  # the same network with other weights
     return Tiny(
         model,
         base,
         overlay,
         parts,
-        Program(model, objective, spec, groups),
+        Program(model, objective, spec, groups, teacher),
         state,
-        Frozen(parts.frozen, *jax.tree.map(jnp.copy, past)),
+        Frozen(parts.frozen, *jax.tree.map(jnp.copy, past), teacher and weights(teacher, seed=1)),
     )
 
 

@@ -32,7 +32,7 @@ from ftjax.errors import ConfigError, DataError, did_you_mean
 
 Kind = Literal[
     "language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference", "stepwise_supervision",
-    "labelled", "image"
+    "labelled", "image", "tagged", "question_answering"
 ]  # fmt: skip
 # the first entry whose columns are all there decides
 COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (

@@ -18,6 +18,7 @@ from ftjax.data.batches import Example, Examples
 from ftjax.data.labels import LabelledExamples
 from ftjax.data.pairs import PairExamples
 from ftjax.data.seq2seq import SeqExamples
+from ftjax.data.tags import IGNORED, TagExamples
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,23 @@ def _labelled(examples: LabelledExamples, tokenizer: Any, n: int = 2) -> list[Pr
         text = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
         spans = (Span(text, False), Span(f" -> {examples.label(i)}", True))
         found.append(PreviewExample(examples.origin(i), spans, len(ids), 1, True))
+    return found
+
+
+@preview.register
+def _tagged(examples: TagExamples, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
+    found = []
+    for i in range(min(n, len(examples))):
+        part = slice(examples.offsets[i], examples.offsets[i + 1])
+        ids, tags = examples.input_ids[part], examples.tags[part]
+        at = np.flatnonzero(tags != IGNORED)
+        spans, shown = [], 0
+        for t in at.tolist():
+            spans.append(Span(str(tokenizer.decode(ids[shown : t + 1].tolist(), skip_special_tokens=False)), False))
+            spans.append(Span(f" -> {examples.names[int(tags[t])]} ", True))
+            shown = t + 1
+        spans.append(Span(str(tokenizer.decode(ids[shown:].tolist(), skip_special_tokens=False)), False))
+        found.append(PreviewExample(examples.origin(i), tuple(spans), len(ids), len(at), True))
     return found
 
 

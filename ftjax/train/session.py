@@ -87,7 +87,9 @@ class Evaluator:
             jax.device_get(total), {k: float(v) for k, v in s.run.objective.coefficients().items()}, tokens=s.has_tokens
         )
         together = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-        return numbers | s.run.objective.summary(together)
+        # some metrics need what a batch has no room for: names of classes, texts
+        examine = getattr(s.run.objective, "examine", None)
+        return numbers | (examine(together, examples) if examine else s.run.objective.summary(together))
 
     def answers(self, state: State) -> tuple[list[Answer], dict[str, float]]:
         """Answers to the fixed held-out prompts, and the task's metrics over them."""
@@ -127,7 +129,7 @@ def _summary(host: Any, coef: dict[str, float], *, tokens: bool) -> dict[str, fl
     extra = {
         k: float(v) / float(w) if float(w) else math.nan for k, (v, w) in host["metrics"].items() if k != "num_tokens"
     }
-    perplexity = {"perplexity": math.exp(min(loss, 700.0))} if tokens else {}
+    perplexity = {"perplexity": math.exp(min(means["nll"], 700.0))} if tokens else {}
     counted = {k: float(host["metrics"][k][0]) for k in ("num_tokens",) if k in host["metrics"]}
     return {"loss": loss, **perplexity, **extra, **counted}
 

@@ -1,0 +1,111 @@
+"""Token classification, answer spans and step rewards against transformers: loss and every gradient on the same batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from ftjax.data.tags import IGNORED, TagExamples  # noqa: E402
+from ftjax.models import hf  # noqa: E402
+from ftjax.models.tensors import to_file_tensors  # noqa: E402
+from ftjax.objectives.token_classification import TokenClassification  # noqa: E402
+
+SIZES = dict(
+    vocab_size=97, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+    max_position_embeddings=40, attn_implementation="eager",
+)  # fmt: skip
+LLAMA = dict(
+    vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, attn_implementation="eager",
+)  # fmt: skip
+LENGTHS = (17, 6, 11)
+
+
+def torch_model(folder, name, head, sizes, **changes):
+    """A tiny random model with every parameter drawn, saved to `folder`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(2)
+    model = getattr(transformers, f"{name}For{head}")(
+        getattr(transformers, f"{name}Config")(**(sizes | changes))
+    ).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + (1.0 if n.endswith("orm.weight") else 0.0))
+    model.save_pretrained(folder)
+    return model
+
+
+def ours(objective, model, params, batch):
+    """(loss, gradients, output) of our objective on a batch."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    hyper = {k: jnp.float32(v) for k, v in objective.hyper().items()}
+    weights, coef = objective.weights(batch), objective.coefficients()
+
+    def loss(p):
+        out = objective(lambda x, m: (model.apply(p, x), m), batch, reference=None, mutable={}, hyper=hyper)
+        return sum(coef[k] * v / weights[k] for k, v in out.sums.items()), out
+
+    (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return float(value), grads, out
+
+
+def same_gradients(model, grads, theirs):
+    """Every parameter's gradient, over the largest entry of the tensor."""
+    named = dict(theirs.named_parameters())
+    noise = 1e-6 * max(float(p.grad.abs().max()) for p in named.values() if p.grad is not None)
+    count = 0
+    for name, g in to_file_tensors(model.table, grads):
+        want = named[name].grad.numpy()
+        assert np.abs(g - want).max() <= 1e-3 * np.abs(want).max() + noise, name
+        count += 1
+    assert count == sum(p.grad is not None for p in named.values())
+
+
+def tagged(classes, seed=0):
+    """(examples, batch, what transformers gets of it) with about half of the tokens labelled."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for n in LENGTHS:
+        tags = np.where(rng.random(n) < 0.5, rng.integers(0, classes, n), IGNORED)
+        parts.append((rng.integers(5, 97, n), rng.integers(0, 2, n), tags))
+    names = tuple(f"c{i}" for i in range(classes))
+    examples = TagExamples.of(parts, range(len(parts)), names, map(str, range(len(parts))))
+    batch = examples.build([[0], [1], [2]], max(LENGTHS))
+    labels = np.where(batch.weights > 0, batch.labels, IGNORED)
+    theirs = {"input_ids": batch.tokens, "attention_mask": (batch.segments == 0).astype(int), "labels": labels}
+    return examples, batch, {k: torch.tensor(np.asarray(v), dtype=torch.long) for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("name, sizes", [("Bert", SIZES), ("Llama", LLAMA)])
+def test_token_classification(tmp_path, name, sizes):
+    theirs = torch_model(tmp_path, name, "TokenClassification", sizes, num_labels=4)
+    model, params = hf.load(str(tmp_path))
+    _, batch, inputs = tagged(4)
+    if name == "Bert":
+        inputs["token_type_ids"] = torch.tensor(batch.types, dtype=torch.long)
+    out = theirs(**inputs)
+    out.loss.backward()
+    value, grads, mine = ours(TokenClassification(), model, params, batch)
+    assert value == pytest.approx(float(out.loss.detach()), rel=1e-5)
+    same_gradients(model, grads, theirs)
+    right = (out.logits.argmax(-1) == inputs["labels"])[inputs["labels"] != IGNORED].float().mean()
+    hits, count = mine.metrics["accuracy"]
+    assert float(hits / count) == pytest.approx(float(right))
+
+
+def test_token_classification_with_smoothing(tmp_path):
+    """As the Trainer's label smoother has it."""
+    theirs = torch_model(tmp_path, "Bert", "TokenClassification", SIZES, num_labels=4)
+    model, params = hf.load(str(tmp_path))
+    _, batch, inputs = tagged(4)
+    out = theirs(**inputs, token_type_ids=torch.tensor(batch.types, dtype=torch.long))
+    want = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.2)(out, inputs["labels"])
+    want.backward()
+    value, grads, _ = ours(TokenClassification(label_smoothing=0.2), model, params, batch)
+    assert value == pytest.approx(float(want.detach()), rel=1e-5)
+    same_gradients(model, grads, theirs)
