@@ -90,6 +90,23 @@ class Codec:
         """
         raise NotImplementedError
 
+    # Of a method that holds others, each with a folder inside its own.
+
+    nested: ClassVar[bool] = False
+    """Whether `save` and `load` take the place of the rest."""
+
+    def save(
+        self, folder: Path, overlay: Overlay, table: Table, method: Any, *, saved: Store, **about: Any
+    ) -> tuple[dict[str, Any], Tensors, Store]:
+        """Writes the inner folders; (settings, tensors and the weights for ``modules_to_save`` of the outer one)."""
+        raise NotImplementedError
+
+    def load(
+        self, folder: Path, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store
+    ) -> tuple[Any, Overlay, Store]:
+        """(method, overlay, trained weights of the base); what it reads of the outer tensors it removes."""
+        raise NotImplementedError
+
     # Of a method that trains weights of the base themselves and whose file has them; most have no such thing.
 
     def holds_base(self, table: Table) -> bool:
@@ -152,9 +169,14 @@ def save_adapter(
     if codec is None:
         able = ", ".join(name for name, cls in known("peft").items() if getattr(cls, "hf_codec", None))
         raise ConfigError(f"peft={method.name} has no form in Hugging Face PEFT's format. Methods that have: {able}")
-    settings, tensors = codec.encode(overlay, table, method)
-    more, own, saved = codec.encode_base(saved or {}, table)
-    tensors, settings = tensors | own, settings | more
+    if codec.nested:
+        settings, tensors, saved = codec.save(
+            Path(folder), overlay, table, method, base_path=base_path, task_type=task_type, saved=saved or {}
+        )
+    else:
+        settings, tensors = codec.encode(overlay, table, method)
+        more, own, saved = codec.encode_base(saved or {}, table)
+        tensors, settings = tensors | own, settings | more
     if saved:
         copies, modules = saved_modules(saved, table)
         tensors, settings = tensors | copies, settings | {"modules_to_save": modules}
@@ -199,8 +221,12 @@ def load_adapter(folder: str | Path, table: Table, params: Store, *, base_path: 
         tensors = read_tensors(folder, weights_name(config))
         saved = take_saved(config.pop("modules_to_save", None) or [], tensors, table)
         codec = codec_for(config)
-        saved |= codec.take_base(config, tensors, table, params)
-        method, overlay = codec.decode(config, tensors, table, params)
+        if codec.nested:
+            method, overlay, more = codec.load(folder, config, tensors, table, params)
+        else:
+            more = codec.take_base(config, tensors, table, params)
+            method, overlay = codec.decode(config, tensors, table, params)
+        saved |= more
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
     named = str(config.get("base_model_name_or_path") or "")
