@@ -187,7 +187,9 @@ def refresh() -> None:
     if not _stale:
         return
     _stale = False
-    outdated = [cls for cls in _subclasses(Component) if cls.__pydantic_complete__ and _holds_slot(arms(cls))]
+    outdated = [
+        cls for cls in dict.fromkeys(_subclasses(Component)) if cls.__pydantic_complete__ and _holds_slot(arms(cls))
+    ]
     for cls in outdated:  # all are taken apart before one is rebuilt: pydantic reuses whatever is still complete
         del cls.__pydantic_core_schema__
         cls.__pydantic_complete__ = False

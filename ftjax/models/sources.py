@@ -80,8 +80,8 @@ class Pretrained(Component):
     def check(self, run: Any) -> Iterator[str]:
         """Quantized kernels cannot be trained. A hub id is judged when it is loaded."""
         file = (embedded_folder() if self.path == EMBEDDED else Path(self.path)) / "config.json"
-        if not self.quantize.packs or not file.is_file():
-            return
+        if self is not run.model or not self.quantize.packs or not file.is_file():
+            return  # a teacher is never trained
         try:
             table = hf.model_of(read_json(file), Numerics()).table
             keys = trained_keys(run.peft, table, self.quantize)

@@ -90,7 +90,7 @@ def check_batch(mesh: jax.sharding.Mesh, rows: int, accumulate: int) -> None:
 
 
 def axes_of_store(store: Mapping[str, Any], table: Table) -> dict[str, Axes]:
-    """Logical axes of every array of ``{"base": ..., "overlay": ...}``, by path."""
+    """Logical axes of every array of ``{"base": ..., "overlay": ...}`` (or ``{"teacher": ...}``), by path."""
     found: dict[str, Axes] = {}
     for side, entries in store.items():
         for key, leaf in entries.items():
@@ -138,7 +138,7 @@ class Placement:
 
     def of(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """One array by its path, which may end in a store path (optimizer moments lie as their parameter does)."""
-        for side in ("base/", "overlay/"):
+        for side in ("base/", "overlay/", "teacher/"):
             at = path.find(side)
             axes = self.axes.get(path[at:]) if at >= 0 else None
             if axes is not None and len(axes) == len(shape):

@@ -100,7 +100,7 @@ def memory_of(setup: Setup, step: Any) -> MemoryReport:
     """Bytes by component against the device."""
     return memory_report(
         frozen_bytes=device_bytes(setup.frozen.store), trainable_bytes=device_bytes(setup.state.trainable),
-        opt_bytes=device_bytes(setup.state.opt), reference_bytes=device_bytes(setup.frozen.reference),
+        opt_bytes=device_bytes(setup.state.opt), reference_bytes=device_bytes((setup.frozen.reference, setup.frozen.teacher)),
         compiled=step.memory_analysis(), run=setup.run,
     )  # fmt: skip
 

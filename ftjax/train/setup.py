@@ -32,6 +32,7 @@ from ftjax.peft.base import Overlay, cut_for, with_head
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
+from ftjax.train.teacher import load_teacher
 
 
 @dc.dataclass(frozen=True)
@@ -136,15 +137,19 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
         numerics(run.compute), seed=run.seed, vocab=len(tokenizer) if tokenizer else 0,
         head=run.objective.head(data.labels, data.problem), say=notes.append,
     )  # fmt: skip
+    teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
     check_places(model, overlay, data.train, data.eval)
+    check_places(teacher, {}, data.train, data.eval)
     base = cut_for(base, overlay, run.peft, model.table)
     parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.always_trained))
     store = {"base": base, "overlay": overlay}
-    placement = Placement(mesh, axes_of_store(store, model.table))
-    warnings += tuple(f"not split over the mesh: {line}" for line in placement.idle(store)[:3])
-    program, state, frozen = assemble(run, model, parts)
+    axes = axes_of_store(store, model.table)
+    axes |= axes_of_store({"teacher": known}, teacher.table) if teacher and known else {}
+    placement = Placement(mesh, axes)
+    warnings += tuple(f"not split over the mesh: {line}" for line in placement.idle({**store, "teacher": known})[:3])
+    program, state, frozen = assemble(run, model, parts, teacher, known)
     return Setup(
         run, tokenizer, data, batches, model, parts, program, placement,
         jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings,
@@ -170,16 +175,18 @@ def check_places(model: Any, overlay: Overlay, *parts: Any) -> None:
         )
 
 
-def assemble(run: config.Run, model: Decoder, parts: Parts) -> tuple[Program, State, Frozen]:
-    """The step functions and the state before the first step."""
+def assemble(
+    run: config.Run, model: Decoder, parts: Parts, teacher: Any = None, known: Any = None
+) -> tuple[Program, State, Frozen]:
+    """The step functions and the state before the first step; with a teacher and its weights where there is one."""
     spec, hyper = OptimSpec.of(run.optim), hyper_of(run)
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
     rng = params.key_of(jax.random.key(run.seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
     # A real copy for the reference: it may not share buffers with what the step is given to consume.
     past = (parts.trainable, parts.mutable) if run.objective.needs_reference else (None, None)
-    frozen = Frozen(parts.frozen, *jax.tree.map(jnp.copy, past))
-    return Program(model, run.objective, spec, groups), state, frozen
+    frozen = Frozen(parts.frozen, *jax.tree.map(jnp.copy, past), teacher=known)
+    return Program(model, run.objective, spec, groups, teacher), state, frozen
 
 
 # Compilation -----------------------------------------------------------------------------------------------------------

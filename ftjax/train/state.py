@@ -46,11 +46,14 @@ class State:
 
 @struct.dataclass
 class Frozen:
-    """What never changes: the rest of the store, and the reference's snapshot of trainable leaves and statistics (or None)."""
+    """What never changes: the rest of the store; the reference's snapshot of trainable leaves and statistics (or None); a
+    teacher's weights (or None).
+    """
 
     store: Any
     reference: Any = None
     mutable: Any = None
+    teacher: Any = None
 
 
 @struct.dataclass

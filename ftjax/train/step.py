@@ -35,12 +35,14 @@ class Program:
       objective: the loss.
       optim: static choices of the optimizer.
       groups: optimizer group of each trainable leaf.
+      teacher: the model whose weights are `Frozen.teacher`, which the objective gets as its reference; None: no teacher.
     """
 
     model: Any
     objective: Any
     optim: OptimSpec
     groups: Any
+    teacher: Any = None
 
     def params(self, trainable: Any, state: State, frozen: Frozen, rng: jax.Array | None) -> Any:
         """The bound store of the present policy, but for its running statistics."""
@@ -59,6 +61,8 @@ class Program:
         if self.objective.needs_reference:
             past = tree.combine(frozen.reference, state.const, frozen.store)
             reference = partial(self.model.apply, bind(past["base"], past["overlay"]) | (frozen.mutable or {}))
+        elif self.teacher is not None:
+            reference = partial(self.teacher.apply, bind(frozen.teacher, {}))
         return self.objective(policy, batch, reference=reference, mutable=mutable, hyper=state.hyper)
 
     def train(self, state: State, frozen: Frozen, batches: Any) -> tuple[State, Metrics]:

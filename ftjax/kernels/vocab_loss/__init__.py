@@ -12,5 +12,6 @@ the logits again.
 """
 
 from ftjax.kernels.vocab_loss.chunked import TokenNll, token_nll
+from ftjax.kernels.vocab_loss.pair import over_pairs
 
-__all__ = ["TokenNll", "token_nll"]
+__all__ = ["TokenNll", "over_pairs", "token_nll"]

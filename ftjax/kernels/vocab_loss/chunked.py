@@ -56,7 +56,7 @@ def _unchunks(x: jax.Array, T: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 
-def _over_chunks(fn: Callable[..., Any], width: int, *arrays: jax.Array) -> Any:
+def over_chunks(fn: Callable[..., Any], width: int, *arrays: jax.Array) -> Any:
     """Maps `fn` over chunks of time; one chunk is called directly."""
     T = arrays[0].shape[1]
     if width >= T:
@@ -95,7 +95,7 @@ def _token_nll(treedef: Any, width: int, leaves: Any, hidden: jax.Array, targets
     def one(h: jax.Array, t: jax.Array) -> Any:
         return _statistics(head(h).astype(jnp.float32), t, smooth)[:2]
 
-    return _over_chunks(one, width, hidden, targets)
+    return over_chunks(one, width, hidden, targets)
 
 
 def _forward(treedef: Any, width: int, leaves: Any, hidden: Any, targets: Any, smooth: Any) -> Any:
@@ -114,7 +114,7 @@ def _forward(treedef: Any, width: int, leaves: Any, hidden: Any, targets: Any, s
         (dh,) = pull(_dlogits(z, lse, t, smooth).astype(logits.dtype))
         return nll, correct, dh
 
-    nll, correct, dh = _over_chunks(one, width, h, t)
+    nll, correct, dh = over_chunks(one, width, h, t)
     return (nll, correct), (trained, values, dh, t, smooth)
 
 

@@ -1,0 +1,196 @@
+"""Knowledge distillation: a student learns a frozen teacher's distributions (Hinton et al. 2015, arXiv:1503.02531).
+
+loss = (1 - a) CE(y, z) + a T^2 D(softmax(z' / T) || softmax(z / T)),   z' the teacher's logits
+
+    objective=DistillCausalLM(teacher=Pretrained(path="my/large"), alpha=0.5, temperature=2.0)
+    objective=DistillClassification(teacher=Pretrained(path="my/tuned-bert"), divergence="jsd", beta=0.5)
+
+Three objectives, one per kind of head; each is the plain objective of its head with a second term. D is the forward or the
+reverse Kullback-Leibler divergence or the generalized Jensen-Shannon divergence of TRL's GKD (arXiv:2306.13649). Over a
+vocabulary the logits of both models exist for one chunk of tokens at a time. The teacher is loaded once, has no gradient,
+and is in no checkpoint and no export.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from ftjax.data.labels import LabelBatch
+from ftjax.kernels.vocab_loss import over_pairs
+from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.causal_lm import CausalLM, shift
+from ftjax.objectives.classification import Classification, smoothed
+from ftjax.objectives.masked_lm import MaskedLM
+from ftjax.registry import register
+from ftjax.schema import Component, Default, Slot
+
+
+def kl(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL(p || q) over the last axis, from log-probabilities."""
+    return (jnp.exp(p) * (p - q)).sum(-1)
+
+
+def jensen_shannon(teacher: jax.Array, student: jax.Array, beta: jax.Array | float) -> jax.Array:
+    """beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s  (arXiv:2306.13649, eq. 1), 0 < beta < 1."""
+    mixture = jnp.logaddexp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
+    "forward_kl": lambda teacher, student, beta: kl(teacher, student),
+    "reverse_kl": lambda teacher, student, beta: kl(student, teacher),
+    "jsd": jensen_shannon,
+}
+"""Divergence over the last axis of (teacher's, student's) log-probabilities, and beta."""
+
+
+class Distilled(Component):
+    """What the three objectives have in common: the teacher and the distance from it."""
+
+    teacher: Annotated[Any, Slot("model"), Field(description="The frozen model that is learned from.")] = Default(
+        "model", "pretrained"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="Share of the divergence in the loss; the labels have the rest.")
+    temperature: float = Field(2.0, gt=0, description="T, which divides both logits in the divergence.")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="forward_kl: KL(teacher || student); jsd: generalized Jensen-Shannon, with beta."
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture.")
+
+    def shares(self, hard: str) -> dict[str, float]:
+        """Factors of the labels' term and of the divergence."""
+        return {hard: 1 - self.alpha, "divergence": self.alpha}
+
+    def numbers(self) -> dict[str, float]:
+        """Numbers of the divergence that enter the step as arrays."""
+        return {"temperature": self.temperature, "beta": self.beta}
+
+    def distance(self, teacher: jax.Array, student: jax.Array, hyper: dict) -> jax.Array:
+        """T^2 D of one-of-many logits [..., C] -> [...]; the square keeps gradients of one size whatever T is."""
+        t, s = (jax.nn.log_softmax(z / hyper["temperature"], axis=-1) for z in (teacher, student))
+        return hyper["temperature"] ** 2 * DIVERGENCES[self.divergence](t, s, hyper["beta"])
+
+    def distance_each(self, teacher: jax.Array, student: jax.Array, hyper: dict) -> jax.Array:
+        """The same for independent yes-or-no logits [..., C] -> [...]: the mean over their two-way distributions."""
+        t, s = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, student))
+        return self.distance(t, s, hyper).mean(-1)
+
+    def tokens(self, student: Any, teacher: Any, targets: jax.Array, hyper: dict) -> Any:
+        """(nll, T^2 D, whether the target is the likeliest) of each token [B, T], in chunks."""
+        smoothing = hyper.get("label_smoothing", 0.0)
+
+        def one(z: jax.Array, known: jax.Array, y: jax.Array) -> Any:
+            picked = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
+            return smoothed(z, y, smoothing), self.distance(known, z, hyper), (picked >= z.max(-1)).astype(jnp.float32)
+
+        return over_pairs(one, student.head, student.hidden, teacher.head, teacher.hidden, targets, chunk=student.chunk)
+
+    def language(self, output: Any, teacher: Any, targets: jax.Array, weights: jax.Array, hyper: dict) -> Any:
+        """(loss terms, accuracy) of weighted tokens [B, T]."""
+        nll, distance, right = self.tokens(output, teacher, targets, hyper)
+        trained = (weights > 0).astype(jnp.float32)
+        sums = {"nll": (nll * weights).sum(), "divergence": (distance * weights).sum()}
+        return sums, {"mean_token_accuracy": ((right * trained).sum(), trained.sum())}
+
+    def check(self, run: Any) -> Iterator[str]:
+        """There is a teacher, and it is used."""
+        if not hasattr(self.teacher, "path"):
+            yield f"objective.teacher={self.teacher.name}  a teacher is a model that was trained; use pretrained"
+
+    def advise(self, run: Any) -> Iterator[str]:
+        """Settings that are probably not meant."""
+        if self.alpha == 0:
+            yield "objective.alpha=0.0  the teacher is computed and has no effect"
+        if self.teacher == run.model:
+            yield f"objective.teacher.path={self.teacher.path}  is the model that is trained: it learns from its own start"
+
+
+@register("objective")
+class DistillCausalLM(Distilled, CausalLM):
+    """Next tokens, from the data and from a teacher's distributions."""
+
+    name: Literal["distill_causal_lm"] = "distill_causal_lm"  # type: ignore[assignment]
+
+    def coefficients(self) -> dict[str, float]:
+        """The data's tokens and the teacher's."""
+        return self.shares("nll")
+
+    def hyper(self) -> dict[str, float]:
+        """Numbers of the objective that enter the step as arrays."""
+        return CausalLM.hyper(self) | self.numbers()
+
+    def weights(self, batch: Any) -> dict[str, jax.Array]:
+        """Trained tokens, for both terms."""
+        return dict.fromkeys(("nll", "divergence"), shift(batch)[1].sum())
+
+    def __call__(self, policy: Policy, batch: Any, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
+        """Sums over the trained tokens; `reference` is the teacher."""
+        output, mutable = policy(self.inputs(batch), mutable)
+        targets, weights = shift(batch)
+        sums, found = self.language(output, reference(self.inputs(batch)), targets, weights, hyper)
+        return LossOutput(sums, mutable, found | {"num_tokens": (weights.sum(), jnp.float32(1))})
+
+
+@register("objective")
+class DistillMaskedLM(Distilled, MaskedLM):
+    """Hidden tokens, from the text and from a teacher's distributions."""
+
+    name: Literal["distill_masked_lm"] = "distill_masked_lm"  # type: ignore[assignment]
+
+    def coefficients(self) -> dict[str, float]:
+        """The text's tokens and the teacher's."""
+        return self.shares("nll")
+
+    def hyper(self) -> dict[str, float]:
+        """Numbers of the objective that enter the step as arrays."""
+        return self.numbers()
+
+    def weights(self, batch: Any) -> dict[str, jax.Array]:
+        """Chosen tokens, for both terms."""
+        return dict.fromkeys(("nll", "divergence"), self._chosen(batch)[0].sum())
+
+    def __call__(self, policy: Policy, batch: Any, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
+        """Sums over the chosen tokens; `reference` is the teacher."""
+        output, mutable = policy(self.inputs(batch), mutable)
+        weights, at = self._chosen(batch)
+        mine, theirs = (
+            dc.replace(out, hidden=jnp.take_along_axis(out.hidden, at[..., None], axis=1))
+            for out in (output, reference(self.inputs(batch)))
+        )
+        targets = jnp.take_along_axis(batch.targets, at, axis=1)
+        sums, found = self.language(mine, theirs, targets, weights, hyper)
+        count = (batch.segments >= 0).sum().astype(jnp.float32)
+        return LossOutput(sums, mutable, found | {"num_tokens": (count, jnp.float32(1))})
+
+
+@register("objective")
+class DistillClassification(Distilled, Classification):
+    """Classes of a text, from the labels and from a teacher's distributions."""
+
+    name: Literal["distill_classification"] = "distill_classification"  # type: ignore[assignment]
+
+    def coefficients(self) -> dict[str, float]:
+        """The labels and the teacher."""
+        return self.shares("cross_entropy")
+
+    def hyper(self) -> dict[str, float]:
+        """Numbers of the objective that enter the step as arrays."""
+        return Classification.hyper(self) | self.numbers()
+
+    def weights(self, batch: LabelBatch) -> dict[str, jax.Array]:
+        """Rows: by the weight of their class for the labels, plain for the teacher."""
+        return Classification.weights(self, batch) | {"divergence": batch.weights.sum()}
+
+    def __call__(self, policy: Policy, batch: LabelBatch, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
+        """Sums over the rows; `reference` is the teacher."""
+        out = Classification.__call__(self, policy, batch, reference=None, mutable=mutable, hyper=hyper)
+        known = jax.lax.stop_gradient(reference(self.inputs(batch)).logits)
+        measure = self.distance_each if batch.labels.ndim == 2 else self.distance
+        each = measure(known, out.rows["logits"], hyper)
+        return out.replace(sums=out.sums | {"divergence": (each * batch.weights).sum()})  # pyright: ignore
