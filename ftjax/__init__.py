@@ -17,9 +17,11 @@ except PackageNotFoundError:  # a source tree on the path
     __version__ = "0+source"
 
 if TYPE_CHECKING:
-    from ftjax.api import generate, load_pretrained, merge, save_pretrained
+    from ftjax.api import generate, load_adapters, load_pretrained, merge, merge_adapters, save_pretrained, to_lora
 
-__all__ = ["__version__", "generate", "load_pretrained", "merge", "save_pretrained"]
+__all__ = [
+    "__version__", "generate", "load_adapters", "load_pretrained", "merge", "merge_adapters", "save_pretrained", "to_lora",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

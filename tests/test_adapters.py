@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ftjax
 from ftjax.errors import ConfigError
 from ftjax.peft.adapters import load_adapters
 from ftjax.peft.base import bind, cut_for, merge
@@ -140,3 +141,7 @@ def test_weights_of_the_base_that_an_adapter_brings(params, overlays):
     both.rows(["large", None])
     with pytest.raises(ConfigError, match="brings layers"):
         both.rows(["large", "few"])
+
+
+def test_public_names():
+    assert ftjax.load_adapters is load_adapters and callable(ftjax.merge_adapters) and callable(ftjax.to_lora)

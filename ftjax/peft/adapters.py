@@ -1,6 +1,6 @@
 """Several adapters over one base at run time: switching between them, and batches whose rows each have their own.
 
-y_i = x_i W + b + s_n x_i A_n B_n,   n = the adapter of row i   (as Punica's SGMV computes it, Chen et al. 2023, arXiv:2310.18547)
+y_i = x_i W + b + s_n x_i A_n B_n,   n = the adapter of row i   (Chen et al. 2023, arXiv:2310.18547, sec. 4)
 
     adapters = load_adapters(model, params, {"de": "runs/de/adapter", "fr": "runs/fr/adapter"})
     logits = model.apply(adapters.use("de"), inputs).logits
