@@ -10,9 +10,16 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from ftjax.config import Loader  # noqa: E402
+from ftjax.data.formats import type_rows  # noqa: E402
+from ftjax.data.rows import Row  # noqa: E402
+from ftjax.data.steps import encode_steps  # noqa: E402
 from ftjax.data.tags import IGNORED, TagExamples  # noqa: E402
+from ftjax.data.tokenizer import load_tokenizer  # noqa: E402
 from ftjax.models import hf  # noqa: E402
+from ftjax.models.sources import embedded_folder  # noqa: E402
 from ftjax.models.tensors import to_file_tensors  # noqa: E402
+from ftjax.objectives.process_reward import ProcessReward  # noqa: E402
 from ftjax.objectives.token_classification import TokenClassification  # noqa: E402
 
 SIZES = dict(
@@ -109,3 +116,61 @@ def test_token_classification_with_smoothing(tmp_path):
     value, grads, _ = ours(TokenClassification(label_smoothing=0.2), model, params, batch)
     assert value == pytest.approx(float(want.detach()), rel=1e-5)
     same_gradients(model, grads, theirs)
+
+
+STEPS = [
+    {"prompt": "def add(a, b):", "completions": ["take a", "add b to it", "return"], "labels": [True, False, True]},
+    {"prompt": "import", "completions": ["os"], "labels": [False]},
+]
+
+
+def test_process_reward(tmp_path):
+    """What TRL's PRM trainer does: two labels at the ends of the steps, transformers' loss."""
+    theirs = torch_model(tmp_path, "Llama", "TokenClassification", LLAMA, num_labels=2, vocab_size=4096)
+    model, params = hf.load(str(tmp_path))
+    tokenizer, objective = load_tokenizer(embedded_folder()), ProcessReward(step_separator=" ;")
+    typed = type_rows([Row(x, f"x:{i}") for i, x in enumerate(STEPS)])
+    examples = encode_steps(typed, tokenizer, Loader(max_length=32), **objective.data_options()).examples
+    batch = examples.build([[0], [1]], 32)
+    # the rows by transformers' own means
+    own = transformers.AutoTokenizer.from_pretrained(str(embedded_folder()))
+    own.pad_token = own.pad_token or own.eos_token
+    features = []
+    for row in STEPS:
+        ids = [own.bos_token_id, *own.encode(row["prompt"], add_special_tokens=False)]
+        labels = [IGNORED] * len(ids)
+        for text, label in zip(row["completions"], row["labels"], strict=True):
+            step = own.encode(text, add_special_tokens=False) + own.encode(" ;", add_special_tokens=False)
+            ids, labels = ids + step, labels + [IGNORED] * (len(step) - 1) + [int(label)]
+        features.append({"input_ids": ids, "labels": labels})
+    collate = transformers.DataCollatorForTokenClassification(own, padding="max_length", max_length=32)
+    inputs = collate(features)
+    real = inputs["attention_mask"].numpy() > 0
+    np.testing.assert_array_equal(inputs["input_ids"].numpy()[real], batch.tokens[real])
+    np.testing.assert_array_equal(real, batch.segments == 0)
+    np.testing.assert_array_equal(inputs["labels"].numpy(), np.where(batch.weights > 0, batch.labels, IGNORED))
+    out = theirs(**inputs)
+    out.loss.backward()
+    value, grads, _ = ours(objective, model, params, batch)
+    assert value == pytest.approx(float(out.loss.detach()), rel=1e-5)
+    same_gradients(model, grads, theirs)
+
+
+def test_tokens_of_trl_where_it_has_the_trainer():
+    """Rows tokenized by TRL's own function; not in every release."""
+    trainer = pytest.importorskip("trl.experimental.prm").PRMTrainer
+    own, tokenizer = (f(str(embedded_folder())) for f in (transformers.AutoTokenizer.from_pretrained, load_tokenizer))
+    for last in (False, True):
+        options = ProcessReward(last_step_only=last).data_options()
+        typed = type_rows([Row(x, f"x:{i}") for i, x in enumerate(STEPS)])
+        examples = encode_steps(typed, tokenizer, Loader(max_length=12), **options).examples
+        for i, row in enumerate(STEPS):
+            want = trainer.tokenize_row(
+                row, own, step_separator="\n", max_length=12, max_completion_length=None, train_on_last_step_only=last,
+                is_eval=False,
+            )  # fmt: skip
+            part = slice(examples.offsets[i], examples.offsets[i + 1])
+            assert (examples.input_ids[part].tolist(), examples.tags[part].tolist()) == (
+                want["input_ids"],
+                want["labels"],
+            )
