@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,10 @@ METHODS = {
     "vera": (
         dict(rank=6, targets=tuple(TARGETS)),
         lambda: peft.VeraConfig(r=6, target_modules=TARGETS),
+    ),
+    "adalora": (
+        dict(rank=5, alpha=6.0, targets=tuple(TARGETS)),
+        lambda: peft.AdaLoraConfig(init_r=5, target_r=2, lora_alpha=6, total_step=10, target_modules=TARGETS),
     ),
     "oft": (
         dict(block_size=4, targets=tuple(TARGETS)),
@@ -340,3 +346,43 @@ def test_starts_from_the_weight(base, tmp_path, start, rslora):
     assert apart(opened, want, mask) <= 1e-5 * np.abs(want).max()
     save_adapter(tmp_path / "ours", trained, model.table, method, base_path=str(folder))
     assert apart(torch_logits(theirs_of(folder, tmp_path / "ours"), ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT of weights that keep no rank
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT of its own AdaLoRA files too
+def test_adalora_pruned_both_ways(base, tmp_path):
+    """PEFT's own allocator prunes; the file comes back with zeros, and is pruned alike when written here, whole ranks too."""
+    folder, model, params = base
+    torch.manual_seed(0)
+    raw = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=1, lora_alpha=6, total_step=8, tinit=1, tfinal=2, target_modules=TARGETS
+    )
+    theirs = peft.get_peft_model(raw, config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    ids, mask = rows(97)
+    for step in range(8):
+        theirs.zero_grad()
+        theirs(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+        theirs.base_model.update_and_allocate(step)
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = torch_logits(theirs.eval(), ids, mask)
+    file = load_adapter(tmp_path / "theirs", model.table, params)
+    assert {e.e.shape[-1] for e in file.overlay.values()} == {4}
+    left = [int((np.asarray(e) != 0).sum()) for d in file.overlay.values() for e in d.e]
+    assert sum(left) <= len(left) and max(left) > 1 and min(left) == 0  # a budget of 1 per weight, unevenly spent
+    bound = bind(cut(params, bounds(file.overlay)), file.overlay)
+    ours = our_logits(model, bound, ids, mask)
+    assert apart(ours, want, mask) <= 1e-5 * np.abs(want).max()
+
+    save_adapter(tmp_path / "ours", file.overlay, model.table, file.method, base_path=str(folder))
+    assert apart(torch_logits(theirs_of(folder, tmp_path / "ours"), ids, mask), want, mask) <= 1e-5 * np.abs(want).max()
+    patterns = [
+        json.loads((tmp_path / x / "adapter_config.json").read_text())["rank_pattern"] for x in ("ours", "theirs")
+    ]
+    assert patterns[0] == patterns[1]
+    again = load_adapter(tmp_path / "ours", model.table, params)
+    jax.tree.map(np.testing.assert_array_equal, again.overlay, file.overlay)
