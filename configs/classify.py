@@ -1,7 +1,7 @@
 """Classifies texts: a CSV with columns text and label (rename with data.columns), any encoder or decoder.
 
 python run.py --config configs/classify.py model.path=DIR data.path=train.csv data.eval_path=test.csv
-python run.py --config configs/classify.py ... "data.columns=('label=category',)" peft=lora optim.lr=3e-3
+python run.py --config configs/classify.py ... data.columns=label=category peft=lora optim.lr=3e-3
 """
 
 from ftjax.config import Checkpoint, Evaluate, Loader, Optim, Run, Train
