@@ -157,7 +157,7 @@ def encode_masked(
     if whole_word:
         ids = np.unique(texts.input_ids)
         pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
-        begins = np.isin(texts.input_ids, ids[[_begins_word(str(p)) for p in pieces]])
+        begins = np.isin(texts.input_ids, ids[_begin_words([str(p) for p in pieces], tokenizer)])
         begins[texts.offsets[:-1][texts.lengths > 0]] = True
         begins |= special
     numbers = np.asarray([share, int(tokenizer.mask_token_id), len(tokenizer)], np.float64)  # type: ignore[arg-type]
@@ -196,8 +196,8 @@ def _pieces(
     return Encoded(examples, report)
 
 
-def _begins_word(piece: str) -> bool:
-    """Whether a piece begins a word: WordPiece marks what goes on with ##, byte-level and SentencePiece mark the beginning."""
-    if piece.startswith("##"):
-        return False
-    return piece.startswith(("\u0120", "\u010a", "\u2581", "<", "[")) or not piece.isalnum()
+def _begin_words(pieces: list[str], tokenizer: Any) -> list[bool]:
+    """Whether each piece begins a word: WordPiece marks what goes on, byte-level and SentencePiece mark the beginning."""
+    if any(p.startswith("##") for p in tokenizer.get_vocab()):
+        return [not p.startswith("##") for p in pieces]
+    return [p.startswith(("\u0120", "\u010a", "\u2581", "<", "[")) or not p.isalnum() for p in pieces]
