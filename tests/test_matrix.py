@@ -42,7 +42,10 @@ SMALL = {
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")
 # Trained leaves without a gradient, and why.
-STILL = {"reward_model": ("base/head/b",)}  # what is added to every reward cancels in their differences
+STILL = {
+    "reward_model": ("base/head/b",),  # what is added to every reward cancels in their differences
+    "question_answering": ("base/head/b",),  # what is added to every place's logit cancels in the softmax over places
+}
 # Adam divides by the root of a second moment: a gradient that is rounding alone (a key's bias shifts all scores alike)
 # becomes a whole step of random sign unless eps is well above it.
 OPTIM = config.Optim(lr=1e-2, weight_decay=0.01, eps=1e-4)

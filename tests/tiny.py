@@ -17,6 +17,7 @@ from ftjax.data.labels import LabelBatch
 from ftjax.data.masking import MaskBatch
 from ftjax.data.pairs import PairBatch
 from ftjax.data.seq2seq import SeqBatch
+from ftjax.data.spans import SpanBatch
 from ftjax.data.tags import TagBatch
 from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
@@ -132,7 +133,18 @@ def tagged(rows: int, *, classes: int = 2, seed: int = 0) -> TagBatch:
     return TagBatch(one.tokens, one.positions, one.segments, one.types, labels, chosen.astype(np.float32))
 
 
+def spans(rows: int, *, seed: int = 0) -> SpanBatch:
+    """Random windows of unequal lengths with an answer each, [rows, T]; the last row only fills the batch."""
+    one, rng = labelled(rows, seed=seed), np.random.default_rng(seed)
+    places = np.sort(rng.integers(0, (np.asarray(one.segments) == 0).sum(1)[:, None], (rows, 2)), 1).astype(np.int32)
+    index = np.where(one.weights > 0, np.arange(rows, dtype=np.int32), -1).astype(np.int32)
+    return SpanBatch(
+        one.tokens, one.positions, one.segments, one.types, places[:, 0], places[:, 1], one.weights, index
+    )  # fmt: skip
+
+
 BATCHES: dict[type, Any] = {
+    SpanBatch: spans,
     TagBatch: tagged,
     SeqBatch: answered,
     ImageBatch: images,

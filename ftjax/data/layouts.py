@@ -25,6 +25,7 @@ from ftjax.data.labels import LabelBatch, LabelledExamples, encode_labelled, typ
 from ftjax.data.masking import MaskBatch, MaskedExamples, encode_masked
 from ftjax.data.pairs import PairBatch, PairExamples, encode_judged, encode_pairs
 from ftjax.data.seq2seq import SeqBatch, SeqExamples, encode_seq2seq
+from ftjax.data.spans import SpanBatch, SpanExamples, encode_questions, type_questions
 from ftjax.data.steps import encode_steps
 from ftjax.data.tags import TagBatch, TagExamples, encode_tagged, type_tagged
 
@@ -61,6 +62,7 @@ _LAYOUTS: dict[tuple[type, str], Layout] = {
     (LabelBatch, ""): Layout("labelled", LabelledExamples, type_labelled, encode_labelled),
     (TagBatch, ""): Layout("tagged", TagExamples, type_tagged, encode_tagged),
     (TagBatch, "steps"): Layout("steps", TagExamples, type_rows, encode_steps),
+    (SpanBatch, ""): Layout("spans", SpanExamples, type_questions, encode_questions),
     (SeqBatch, ""): Layout("seq2seq", SeqExamples, type_rows, encode_seq2seq),
     (PairBatch, ""): Layout("pairs", PairExamples, type_rows, encode_pairs),
     (PairBatch, "judged"): Layout("judged", PairExamples, type_rows, encode_judged),

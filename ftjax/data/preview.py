@@ -18,6 +18,7 @@ from ftjax.data.batches import Example, Examples
 from ftjax.data.labels import LabelledExamples
 from ftjax.data.pairs import PairExamples
 from ftjax.data.seq2seq import SeqExamples
+from ftjax.data.spans import SpanExamples
 from ftjax.data.tags import IGNORED, TagExamples
 
 
@@ -108,6 +109,20 @@ def _tagged(examples: TagExamples, tokenizer: Any, n: int = 2) -> list[PreviewEx
             shown = t + 1
         spans.append(Span(str(tokenizer.decode(ids[shown:].tolist(), skip_special_tokens=False)), False))
         found.append(PreviewExample(examples.origin(i), tuple(spans), len(ids), len(at), True))
+    return found
+
+
+@preview.register
+def _asked(examples: SpanExamples, tokenizer: Any, n: int = 2) -> list[PreviewExample]:
+    found = []
+    for i in range(min(n, len(examples))):
+        ids = examples.input_ids[examples.offsets[i] : examples.offsets[i + 1]].tolist()
+        start, end = (int(x) for x in examples.spans[i])
+        pieces = (ids[:start], ids[start : end + 1], ids[end + 1 :])
+        spans = (
+            Span(str(tokenizer.decode(piece, skip_special_tokens=False)), k == 1) for k, piece in enumerate(pieces) if piece
+        )
+        found.append(PreviewExample(examples.origin(i), tuple(spans), len(ids), end - start + 1, True))
     return found
 
 

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from ftjax.config import Loader  # noqa: E402
 from ftjax.data.formats import type_rows  # noqa: E402
 from ftjax.data.rows import Row  # noqa: E402
+from ftjax.data.spans import SpanBatch, encode_questions, type_questions  # noqa: E402
 from ftjax.data.steps import encode_steps  # noqa: E402
 from ftjax.data.tags import IGNORED, TagExamples  # noqa: E402
 from ftjax.data.tokenizer import load_tokenizer  # noqa: E402
@@ -20,6 +21,7 @@ from ftjax.models import hf  # noqa: E402
 from ftjax.models.sources import embedded_folder  # noqa: E402
 from ftjax.models.tensors import to_file_tensors  # noqa: E402
 from ftjax.objectives.process_reward import ProcessReward  # noqa: E402
+from ftjax.objectives.question_answering import QuestionAnswering  # noqa: E402
 from ftjax.objectives.token_classification import TokenClassification  # noqa: E402
 
 SIZES = dict(
@@ -174,3 +176,109 @@ def test_tokens_of_trl_where_it_has_the_trainer():
                 want["input_ids"],
                 want["labels"],
             )
+
+
+PLACES = [(3, 5), (0, 0), (4, 10)]
+
+
+def questions(places=PLACES):
+    """A batch of ours, and transformers' inputs of each row alone."""
+    _, tags, inputs = tagged(3)
+    starts, ends = np.asarray(places, np.int32).T
+    index = np.arange(len(places), dtype=np.int32)
+    weights = np.ones(len(places), np.float32)
+    batch = SpanBatch(tags.tokens, tags.positions, tags.segments, tags.types, starts, ends, weights, index)
+    alone = []
+    for i, n in enumerate(LENGTHS):
+        row = {k: inputs[k][i : i + 1, :n] for k in ("input_ids", "attention_mask")}
+        row["token_type_ids"] = torch.tensor(tags.types[i : i + 1, :n], dtype=torch.long)
+        alone.append(row)
+    return batch, alone
+
+
+def check_spans(theirs, want, value, grads, model):
+    theirs.zero_grad()
+    want.backward()
+    assert value == pytest.approx(float(want.detach()), rel=1e-5)
+    same_gradients(model, grads, theirs)
+
+
+@pytest.fixture
+def reader(tmp_path):
+    theirs = torch_model(tmp_path, "Bert", "QuestionAnswering", SIZES)
+    return theirs, *hf.load(str(tmp_path))
+
+
+def test_question_answering(reader):
+    """The mean of the windows' losses, each without padding, which transformers would let into the softmax."""
+    theirs, model, params = reader
+    batch, alone = questions()
+    value, grads, out = ours(QuestionAnswering(), model, params, batch)
+    losses = [
+        theirs(**row, start_positions=torch.tensor([a]), end_positions=torch.tensor([b])).loss
+        for row, (a, b) in zip(alone, PLACES, strict=True)
+    ]
+    check_spans(theirs, sum(losses) / len(losses), value, grads, model)
+    # rows that only fill the batch are of no account
+    filler = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)
+    filler = filler.replace(
+        weights=np.float32([1, 1, 1, 0]), segments=np.concatenate([batch.segments, batch.segments[:1] * 0 - 2])
+    )
+    assert ours(QuestionAnswering(), model, params, filler)[0] == pytest.approx(value, rel=1e-6)
+
+
+def test_positions_outside_of_the_window(reader):
+    """Rows of one length in one batch: transformers takes what is below 0 as 0, and leaves out what is beyond the window."""
+    theirs, model, params = reader
+    n = min(LENGTHS)
+    places = [(-2, 3), (2, n), (40, 4)]
+    batch, alone = questions(places)
+    cut = {k: getattr(batch, k)[:, :n] for k in ("tokens", "positions", "segments", "types")}
+    value, grads, _ = ours(QuestionAnswering(), model, params, batch.replace(**cut))
+    inputs = {k: torch.cat([row[k][:, :n] for row in alone]) for k in alone[0]}
+    starts, ends = torch.tensor(places).T
+    want = theirs(**inputs, start_positions=starts.clone(), end_positions=ends.clone()).loss
+    check_spans(theirs, want, value, grads, model)
+
+
+def test_windows_are_those_of_the_tokenizer():
+    """Of a BERT tokenizer, whose texts are lower-cased and whose words are pieces: answers decode to what they are."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "un",
+        "##believ",
+        "##able",
+        "story",
+        "of",
+        "cafe",
+        "who",
+        "?",
+        ",",
+        "paris",
+    ]
+    raw = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    raw.decoder = decoders.WordPiece()
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    context = "story , of Café " * 3 + "Unbelievable Paris"
+    answer = {"text": ["Unbelievable"], "answer_start": [context.index("Unb")]}
+    typed = type_questions([Row({"question": "Who?", "context": context, "answers": answer}, "x:1")])
+    examples = encode_questions(typed, own, Loader(max_length=12), stride=3).examples
+    found = []
+    for i in range(len(examples)):
+        part = slice(examples.offsets[i], examples.offsets[i + 1])
+        start, end = examples.spans[i]
+        found.append(own.decode(examples.input_ids[part][start : end + 1].tolist()))
+        chars = examples.chars[part][start : end + 1]
+        if start:
+            assert context[chars[0, 0] : chars[-1, 1]] == "Unbelievable"
+            assert set(examples.types[part][start : end + 1].tolist()) == {1}
+    assert found.count("unbelievable") >= 1 and set(found) == {"[CLS]", "unbelievable"}
