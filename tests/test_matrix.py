@@ -38,6 +38,7 @@ SMALL = {
     "compacter": {"reduction": 4},
     "oft": {"block_size": 4},
     "vera": {"rank": 4, "dropout": 0.1},
+    "sparse": {"rank": 2},
 }
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")

@@ -25,7 +25,10 @@ from tests.oracle import apart, our_logits, rows, torch_llama, torch_logits  # n
 from tests.oracle.test_decoders import torch_decoder  # noqa: E402
 from tests.oracle.test_encoders import torch_model  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
+]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 # our method with its settings -> PEFT's configuration of the same
 METHODS = {
@@ -74,6 +77,14 @@ METHODS = {
     "adalora": (
         dict(rank=5, alpha=6.0, targets=tuple(TARGETS)),
         lambda: peft.AdaLoraConfig(init_r=5, target_r=2, lora_alpha=6, total_step=10, target_modules=TARGETS),
+    ),
+    "sparse": (
+        dict(rank=3, targets=tuple(TARGETS)),
+        lambda: peft.ShiraConfig(r=3, target_modules=TARGETS),
+    ),
+    "sparse drawn": (
+        dict(rank=2, choose="random", draw=5, layers=(0, 2), targets=tuple(TARGETS)),
+        lambda: peft.ShiraConfig(r=2, random_seed=5, target_modules=r".*\.[02]\..*\.(q|v|down)_proj"),
     ),
     "oft": (
         dict(block_size=4, targets=tuple(TARGETS)),
@@ -160,12 +171,13 @@ def test_made_there_opened_here_with_gradients(base, tmp_path, name):
     def loss(overlay):
         return (model.apply(bind(cut(params, bounds(overlay)), overlay), inputs).logits * direction).sum()
 
-    grads = jax.jit(jax.grad(loss))(file.overlay)
+    grads = jax.jit(jax.grad(loss, allow_int=True))(file.overlay)
     codec = type(file.method).hf_codec
     ours = {
         f"{module}.{array}": value
         for module, (_, entry) in per_module(grads, model.table).items()
         for array, value in codec.arrays(entry).items()
+        if value.dtype != jax.dtypes.float0  # the places of sparse tuning are whole numbers
     }
     named = {n.replace("base_model.model.", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     seen = 0
