@@ -197,7 +197,7 @@ def tiny(
     parts = partition(base, overlay, model.table, with_head(peft.labels(model.table), model.always_trained))
     optim = optim or config.Optim(lr=1e-2, weight_decay=0.01)
     run: Any = SimpleNamespace(optim=optim, train=config.Train(steps=steps), objective=objective)
-    spec, hyper = OptimSpec.of(optim), hyper_of(run)
+    spec, hyper = OptimSpec.of(optim, peft), hyper_of(run)
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
     if randomize:
         drawn = [

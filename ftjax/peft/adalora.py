@@ -4,25 +4,26 @@ y = x W + b + s * ((drop(x) A) * e) B,   A [in, r], e [r], B [r, out],   s = alp
 
     peft=AdaLoRA(rank=12, alpha=32)
 
-As in PEFT, s is alpha / (r + 1e-5), with the r that training began with. The budget stays fixed here: every update keeps its
-r triplets. In files from PEFT those that its schedule pruned (``rank_pattern``) come back as zeros, and triplets whose e is
-0 beside others that are not are left out when writing.
+As in PEFT, s is alpha / (r + 1e-5), with the r that training began with. While training, triplets are given up until `target`
+of them per weight are left on average (`ftjax.peft.adalora_budget`). Given up means e = 0: shapes stay. In files they are left
+out (``rank_pattern``), and come back as zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ftjax.errors import ConfigError
 from ftjax.ops import dense
 from ftjax.params import ParamSpec, Table, key_of, layer_keys
+from ftjax.peft.adalora_budget import Budget, allocate
 from ftjax.peft.base import CONST, Overlay
 from ftjax.peft.interop import PREFIX, Tensors
 from ftjax.peft.lora import dropout, up
@@ -70,6 +71,11 @@ class AdaLoRADelta:
     def merge(self, base: jax.Array) -> jax.Array:
         """W + s A diag(e) B, float32 (leading dimensions allowed)."""
         return base + (self.a * (self.e * self.scale[..., None])[..., None, :]) @ self.b
+
+
+def deltas(tree: Any) -> dict[str, AdaLoRADelta]:
+    """The method's entries of a tree like a run's store."""
+    return {k: d for k, d in tree["overlay"].items() if isinstance(d, AdaLoRADelta)}
 
 
 class AdaLoRACodec(PlainCodec):
@@ -135,7 +141,7 @@ class AdaLoRACodec(PlainCodec):
         )
 
     def settings(self, method: AdaLoRA, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """See `ModuleCodec`; the schedule's steps are only what PEFT's checks let pass: nothing is left to be pruned.
+        """See `ModuleCodec`; the steps in all, which the method does not know, are the fewest that PEFT lets pass.
 
         Raises:
           ConfigError: the weights have unlike ranks or scales, for which the file has no place.
@@ -144,8 +150,10 @@ class AdaLoRACodec(PlainCodec):
         if any(x.a.shape[-1] != method.rank or np.float32(x.scale) != usual for x in entries.values()):
             raise ConfigError("peft=adalora: the file has no place for ranks and scales other than the method's own")
         return {
-            "init_r": method.rank, "target_r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout,
-            "total_step": 1, "rank_pattern": None, "bias": "none", "init_lora_weights": True,
+            "init_r": method.rank, "target_r": method.target, "lora_alpha": method.alpha, "lora_dropout": method.dropout,
+            "tinit": method.hold, "tfinal": method.settle, "deltaT": method.every, "beta1": method.beta1,
+            "beta2": method.beta2, "orth_reg_weight": method.orth, "total_step": method.hold + method.settle + 1,
+            "rank_pattern": None, "bias": "none", "init_lora_weights": True,
         }  # fmt: skip
 
     def method(self, config: Mapping[str, Any], targets: Targets) -> AdaLoRA:
@@ -153,7 +161,16 @@ class AdaLoRACodec(PlainCodec):
         return AdaLoRA(
             rank=config["init_r"], alpha=float(config["lora_alpha"]), dropout=float(config.get("lora_dropout", 0.0)),
             targets=targets.unnumbered, layers=targets.layers,
+            **{ours: config[name] for name, ours in _SCHEDULE.items() if name in config},
+            target=min(config.get("target_r", config["init_r"]), config["init_r"]),
         )  # fmt: skip
+
+
+_SCHEDULE = {
+    "tinit": "hold", "tfinal": "settle", "deltaT": "every", "beta1": "beta1", "beta2": "beta2",
+    "orth_reg_weight": "orth",
+}  # fmt: skip
+"""PEFT's names of the schedule's numbers -> ours."""
 
 
 @register("peft")
@@ -166,9 +183,35 @@ class AdaLoRA(WeightMethod):
     hf_codec: ClassVar[AdaLoRACodec] = AdaLoRACodec()
 
     name: Literal["adalora"] = "adalora"
-    rank: int = Field(12, gt=0, description="Triplets r of every update.")
+    rank: int = Field(12, gt=0, description="Triplets r of every update at the start.")
+    target: int = Field(8, gt=0, description="Triplets of an update at the end, on average over all of them.")
+    hold: int = Field(0, ge=0, description="First steps, before the budget falls.")
+    settle: int = Field(0, ge=0, description="Last steps, at the final budget.")
+    every: int = Field(1, gt=0, description="Steps from one choice of triplets to the next.")
+    beta1: float = Field(0.85, gt=0, lt=1, description="Decay of the mean sensitivity of each number.")
+    beta2: float = Field(0.85, gt=0, lt=1, description="Decay of the mean uncertainty of the sensitivity.")
+    orth: float = Field(0.5, ge=0, description="Factor of the term that keeps A's columns and B's rows orthonormal.")
     alpha: float = Field(16.0, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate on the input of A.")
+
+    @model_validator(mode="after")
+    def _falls(self) -> AdaLoRA:
+        if self.target > self.rank:
+            raise ValueError(f"target={self.target} exceeds rank={self.rank}: the budget only falls")
+        return self
+
+    def check(self, run: Any) -> Iterable[str]:
+        """The schedule's ends need a step between them."""
+        if self.hold + self.settle >= run.train.steps:
+            yield (
+                f"peft.hold={self.hold}, peft.settle={self.settle}  leave no step of train.steps={run.train.steps} in which "
+                "the budget could fall"
+            )
+
+    def around(self, tx: Any, hyper: Mapping[str, Any], step: jax.Array) -> Any:
+        """The optimizer, which keeps the budget."""
+        budget = Budget(self.target, self.hold, self.settle, self.every, self.beta1, self.beta2, self.orth)
+        return allocate(tx, budget, total=hyper["total"], step=step, entries_of=deltas)
 
     def labels(self, table: Table) -> Rules:
         """One group; the rate of dropout is fixed where there is one."""

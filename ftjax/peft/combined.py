@@ -227,6 +227,12 @@ class Combine(Component):
         """The largest rate of a method."""
         return max(getattr(m, "dropout", 0.0) for m in self.methods)
 
+    def around(self, tx: Any, hyper: Mapping[str, Any], step: jax.Array) -> Any:
+        """The optimizer with what the methods put around it."""
+        for method in self.methods:
+            tx = method.around(tx, hyper, step) if hasattr(method, "around") else tx
+        return tx
+
     def parts(self, table: Table) -> list[Part]:
         """The methods against a model.
 

@@ -31,11 +31,13 @@ class OptimSpec:
     name: str
     schedule: str
     clip: bool
+    method: Any = None
+    """A PEFT method that stands around the optimizer (``around(tx, hyper, step)``), or None."""
 
     @classmethod
-    def of(cls, optim: Optim) -> OptimSpec:
+    def of(cls, optim: Optim, peft: Any = None) -> OptimSpec:
         """The static part of a config."""
-        return cls(optim.name, optim.schedule, optim.clip > 0)
+        return cls(optim.name, optim.schedule, optim.clip > 0, peft if hasattr(peft, "around") else None)
 
 
 def hyper_of(run: Run) -> dict[str, Any]:
@@ -109,7 +111,8 @@ def make_tx(spec: OptimSpec, groups: Any, hyper: dict[str, Any], step: jax.Array
         return _rule(spec, rate, 0.0 if name.endswith(NO_DECAY) else hyper["weight_decay"], hyper)
 
     names = sorted(set(jax.tree.leaves(groups)))
-    return optax.multi_transform({n: group(n) for n in names}, groups)
+    tx = optax.multi_transform({n: group(n) for n in names}, groups)
+    return tx if spec.method is None else spec.method.around(tx, hyper, step)
 
 
 def decay_groups(labels: Any, kinds: Any) -> Any:

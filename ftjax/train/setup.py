@@ -179,7 +179,7 @@ def assemble(
     run: config.Run, model: Decoder, parts: Parts, teacher: Any = None, known: Any = None
 ) -> tuple[Program, State, Frozen]:
     """The step functions and the state before the first step; with a teacher and its weights where there is one."""
-    spec, hyper = OptimSpec.of(run.optim), hyper_of(run)
+    spec, hyper = OptimSpec.of(run.optim, run.peft), hyper_of(run)
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
     rng = params.key_of(jax.random.key(run.seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)

@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -75,7 +76,7 @@ METHODS = {
         lambda: peft.VeraConfig(r=6, target_modules=TARGETS),
     ),
     "adalora": (
-        dict(rank=5, alpha=6.0, targets=tuple(TARGETS)),
+        dict(rank=5, target=2, alpha=6.0, targets=tuple(TARGETS)),
         lambda: peft.AdaLoraConfig(init_r=5, target_r=2, lora_alpha=6, total_step=10, target_modules=TARGETS),
     ),
     "sparse": (
@@ -398,3 +399,61 @@ def test_adalora_pruned_both_ways(base, tmp_path):
     assert patterns[0] == patterns[1]
     again = load_adapter(tmp_path / "ours", model.table, params)
     jax.tree.map(np.testing.assert_array_equal, again.overlay, file.overlay)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_adalora_budget(base, tmp_path, every):
+    """Nine steps of plain descent: the same triplets fall, and every number goes the same way."""
+    folder, model, params = base
+    torch.manual_seed(0)
+    raw = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    total, lr = 9, 0.1
+    numbers = dict(tinit=2, tfinal=2, deltaT=every, beta1=0.8, beta2=0.7, orth_reg_weight=0.3)
+    config = peft.AdaLoraConfig(  # without a task PEFT leaves the orthogonal term out
+        init_r=4, target_r=2, lora_alpha=6, total_step=total, target_modules=TARGETS, task_type="CAUSAL_LM", **numbers
+    )
+    theirs = peft.get_peft_model(raw, config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    file = load_adapter(tmp_path, model.table, params)
+    method = file.method
+    assert (method.target, method.hold, method.settle, method.every) == (2, 2, 2, every)
+    ids = np.random.default_rng(0).integers(3, 90, (3, 11))
+
+    fixed = {k: d.replace(a=None, e=None, b=None) for k, d in file.overlay.items()}
+    state = {"overlay": {k: d.replace(scale=None, rate=None) for k, d in file.overlay.items()}}
+
+    def loss(tree):
+        overlay = {k: d.replace(scale=fixed[k].scale) for k, d in tree["overlay"].items()}
+        logits = model.apply(bind(params, overlay), {"input_ids": jnp.asarray(ids, jnp.int32)}).logits
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(ids[:, 1:, None]), -1).mean()
+
+    @jax.jit
+    def descend(tree, opt, step):
+        tx = method.around(optax.sgd(lr), {"total": jnp.float32(total)}, step)
+        updates, opt = tx.update(jax.grad(loss)(tree), opt, tree)
+        return optax.apply_updates(tree, updates), opt
+
+    opt = method.around(optax.sgd(lr), {"total": jnp.float32(total)}, jnp.int32(0)).init(state)
+    sgd = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=lr)
+    left = []
+    for step in range(total):
+        state, opt = descend(state, opt, jnp.int32(step))
+        sgd.zero_grad()
+        theirs(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+        sgd.step()
+        theirs.base_model.update_and_allocate(step)
+        named = {n.replace("base_model.model.", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
+        kept = 0
+        for module, (_, entry) in per_module(state["overlay"], model.table).items():
+            for array, value in type(method).hf_codec.arrays(entry).items():
+                want = named[f"{module}.{array}.default"].detach().numpy()
+                assert np.abs(value - want).max() <= 2e-5 * np.abs(want).max() + 1e-6, (step, module, array)
+            np.testing.assert_array_equal(entry.e == 0, named[f"{module}.lora_E.default"].detach().numpy()[:, 0] == 0)
+            kept += int((entry.e != 0).sum())
+        left.append(kept)
+    assert left[2] == 36 and left[-1] == 18, left
+    assert every > 1 or left == sorted(left, reverse=True), left  # between two choices e may leave 0 again
