@@ -20,6 +20,7 @@ from ftjax.headspec import HeadSpec
 from ftjax.models import hf
 from ftjax.models.base import Numerics
 from ftjax.models.sources import Pretrained, embedded_folder
+from ftjax.models.thinned import thin
 from ftjax.objectives.distill import DistillCausalLM, DistillClassification
 from ftjax.peft.full import Full
 from ftjax.train.teacher import load_teacher
@@ -229,3 +230,45 @@ def test_from_two_folders(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["--config", "x.py", "name=y"]) == 2
     assert "objective.teacher.path=teacher" in capsys.readouterr().err
+
+
+# A student that begins with some of the teacher's layers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "modernbert", "distilbert"])
+def test_some_layers(family, tmp_path):
+    model = tinymodels.known()[family]()
+    params = tiny.weights(model)
+    small, some = thin(model, params, ())
+    assert small.config.num_hidden_layers == (model.config.num_hidden_layers + 1) // 2
+    same, everything = thin(model, params, range(model.config.num_hidden_layers))
+    assert same == model and everything.keys() == params.keys() and tiny.largest(params, everything) == 0
+    hf.save(small, some, tmp_path)
+    again, read = hf.load(str(tmp_path))
+    assert again.table == small.table and read.keys() == some.keys()
+    inputs = {"input_ids": jnp.arange(3, 12, dtype=jnp.int32)[None]}
+    assert (again.apply(read, inputs).logits == small.apply(some, inputs).logits).all()
+
+
+def test_refuses_layers_that_are_not_there():
+    model = tiny.llama()
+    for layers in ((0, 4), (2, 1), (1, 1), (-1, 2)):
+        with pytest.raises(ConfigError, match="must ascend, from 0 to at most 3; the model has 4 layers"):
+            thin(model, tiny.weights(model), layers)
+    for family, text in (("t5", "no plain stack"), ("modernbert", "keep it first")):
+        other = tinymodels.known()[family]()
+        with pytest.raises(ConfigError, match=text):
+            thin(other, tiny.weights(other), (1,))
+
+
+def test_a_thinned_student_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FTJAX_CACHE", "")
+    decoder(Path("teacher"), hidden_size=16)
+    rows = [{"prompt": f"{i} and ", "completion": f"{i + 1} is a number"} for i in range(40)]
+    Path("train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Path("x.py").write_text(CONFIG)
+    assert main(["--config", "x.py", "model=thinned", "model.path=teacher", "peft=full", "train.steps=2"]) == 0
+    model, params = hf.load("runs/x/model")
+    assert model.config.num_hidden_layers == 2 and {x.shape for x in params.values()}
+    assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in tiny.weights(model).items()}

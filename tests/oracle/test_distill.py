@@ -21,6 +21,7 @@ from ftjax.headspec import HeadSpec, label_names  # noqa: E402
 from ftjax.models import hf  # noqa: E402
 from ftjax.models.base import Numerics  # noqa: E402
 from ftjax.models.tensors import to_file_tensors  # noqa: E402
+from ftjax.models.thinned import thin  # noqa: E402
 from ftjax.objectives.causal_lm import shift  # noqa: E402
 from ftjax.objectives.distill import DistillCausalLM, DistillClassification, DistillMaskedLM  # noqa: E402
 from tests import tiny, tinymodels  # noqa: E402
@@ -211,3 +212,18 @@ def test_several_classes_of_a_text(classifiers, settings):
         return (1 - objective.alpha) * mean(hard, rows) + objective.alpha * mean(soft, rows)
 
     check(objective, classifiers, batch, expected)
+
+
+@pytest.mark.parametrize("kept", [(), (1, 2, 3)], ids=["every-second", "chosen"])
+def test_some_layers_of_a_model_are_torchs_without_the_others(tmp_path, kept):
+    torch.set_num_threads(1)
+    build = tinymodels.known()["bert"]
+    side = Side(build(None, HeadSpec("masked_lm")), tmp_path, transformers.AutoModelForMaskedLM, 3)
+    small, params = thin(side.model, side.params, kept)
+    layers = side.torch.bert.encoder.layer
+    side.torch.bert.encoder.layer = torch.nn.ModuleList(layers[i] for i in kept or (0, 2))
+    ids = np.random.default_rng(0).integers(3, tiny.VOCAB, (2, 9))
+    with torch.no_grad():
+        want = side.torch(torch.tensor(ids)).logits.numpy()
+    got = np.asarray(small.apply(params, {"input_ids": jnp.asarray(ids, jnp.int32)}).logits)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
