@@ -110,3 +110,17 @@ def test_merged_as_there(opened, tmp_path, how, weights, majority):
     jax.tree.map(
         np.testing.assert_array_equal, {n: e for n, (_, e) in ours.items()}, {n: e for n, (_, e) in read.items()}
     )
+
+
+def test_rslora_first_is_too_large_there(opened):
+    """PEFT gives the result alpha = r but keeps the first adapter's rule of scaling, alpha / sqrt(r)."""
+    model, adapters, theirs = opened
+    theirs.add_weighted_adapter(["two", "one"], [0.5, 0.5], "large", "cat")
+    file = merge_adapters(adapters, {"two": 0.5, "one": 0.5}, "cat")
+    for name, (_, entry) in per_module(file.overlay, model.table).items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        a, b = (getattr(module, f"lora_{x}")["large"].weight.detach().numpy().T for x in "AB")
+        want = sum(0.5 * module.get_delta_weight(n).detach().numpy().T for n in ("one", "two") if n in module.lora_A)
+        update = entry.scale * entry.a @ entry.b
+        assert np.abs(update - want).max() <= 1e-5 * np.abs(want).max()
+        assert np.abs(np.sqrt(8) * update - a @ b * module.scaling["large"]).max() <= 1e-5 * 3 * np.abs(want).max()
