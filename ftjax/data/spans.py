@@ -230,21 +230,7 @@ def encode_questions(
       DataError: a question is too long and `loader.truncation` is "error", or nothing is left.
     """
     bad, rows = bad or BadRows(), typed.rows
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if stride + special >= loader.max_length:
-        raise ConfigError(
-            "objective.doc_stride", [f"{stride} shared tokens leave no room in loader.max_length={loader.max_length}"]
-        )
-    asked = tokenizer(
-        [r["question"] for r in rows], add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    room = [loader.max_length - special - len(ids) for ids in asked["input_ids"]]
-    short = [i for i, n in enumerate(room) if n <= stride]
-    if short and loader.truncation == "error":
-        raise DataError(
-            f"{len(short)} of {len(rows)} questions leave no room for {stride} shared tokens and one more in "
-            f"loader.max_length={loader.max_length}: {', '.join(rows[i].origin for i in short[:3])}"
-        )
+    short = _crowded(rows, tokenizer, loader, stride)
     kept = sorted(set(range(len(rows))) - set(short))
     if not kept and required:
         raise DataError(
@@ -262,6 +248,31 @@ def encode_questions(
         warnings=tuple(warnings),
     )  # fmt: skip
     return Encoded(examples, report)
+
+
+def _crowded(rows: Sequence[Row], tokenizer: Any, loader: Loader, stride: int) -> list[int]:
+    """The rows whose question leaves no room for a window that goes on.
+
+    Raises:
+      ConfigError: no question could.
+      DataError: there are such rows and `loader.truncation` is "error".
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if stride + special >= loader.max_length:
+        raise ConfigError(
+            "objective.doc_stride", [f"{stride} shared tokens leave no room in loader.max_length={loader.max_length}"]
+        )
+    asked = tokenizer(
+        [r["question"] for r in rows], add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
+    room = [loader.max_length - special - len(ids) for ids in asked["input_ids"]]
+    short = [i for i, n in enumerate(room) if n <= stride]
+    if short and loader.truncation == "error":
+        raise DataError(
+            f"{len(short)} of {len(rows)} questions leave no room for {stride} shared tokens and one more in "
+            f"loader.max_length={loader.max_length}: {', '.join(rows[i].origin for i in short[:3])}"
+        )
+    return short
 
 
 def _windows(
