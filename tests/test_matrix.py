@@ -42,6 +42,7 @@ SMALL = {
 }
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")
+COMMON = ("full", "lora")
 # Trained leaves without a gradient, and why.
 STILL = {
     "reward_model": ("base/head/b",),  # what is added to every reward cancels in their differences
@@ -97,13 +98,18 @@ def all_cells() -> list[Cell]:
 
 
 def covering(cells: list[Cell]) -> list[Cell]:
-    """The fewest cells, greedily, in which every objective x method pair and every family occurs; small families first."""
-    chosen, pairs, families = [], set(), set()
+    """A small set in which every family occurs, every objective with `COMMON` methods, every method with each kind of batch.
+
+    What a method meets of an objective is the model's inputs and its head, which the kind of batch decides. Greedily,
+    small families first.
+    """
+    chosen, seen = [], set()
     for c in sorted(cells, key=lambda c: c.family not in CHEAP):
-        if (c.objective, c.peft) not in pairs or c.family not in families:
+        batch = registry.get("objective", c.objective).batch
+        pairs = {(batch, c.peft), c.family} | ({(c.objective, c.peft)} if c.peft in COMMON else set())
+        if pairs - seen:
             chosen.append(c)
-            pairs.add((c.objective, c.peft))
-            families.add(c.family)
+            seen |= pairs
     return chosen
 
 
