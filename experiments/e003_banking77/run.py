@@ -35,7 +35,11 @@ def pretrain(out: Path, steps: int) -> dict[str, Path]:
     for name, (family, tokenizer, settings) in kinds.items():
         if not (out / name / "model").exists():
             command = ["--config", str(CONFIGS / "pretrain_bert.py"), f"out={out / name}", f"model.family={family}"]
-            command += [f"model.tokenizer_kind={tokenizer}", f"model.settings={json.dumps(settings)}", f"train.steps={steps}"]
+            command += [
+                f"model.tokenizer_kind={tokenizer}",
+                f"model.settings={json.dumps(settings)}",
+                f"train.steps={steps}",
+            ]
             assert ftjax(command) == 0
     return {name: out / name / "model" for name in kinds}
 

@@ -120,7 +120,9 @@ def _asked(examples: SpanExamples, tokenizer: Any, n: int = 2) -> list[PreviewEx
         start, end = (int(x) for x in examples.spans[i])
         pieces = (ids[:start], ids[start : end + 1], ids[end + 1 :])
         spans = (
-            Span(str(tokenizer.decode(piece, skip_special_tokens=False)), k == 1) for k, piece in enumerate(pieces) if piece
+            Span(str(tokenizer.decode(piece, skip_special_tokens=False)), k == 1)
+            for k, piece in enumerate(pieces)
+            if piece
         )
         found.append(PreviewExample(examples.origin(i), tuple(spans), len(ids), end - start + 1, True))
     return found

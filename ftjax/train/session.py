@@ -101,9 +101,7 @@ class Evaluator:
             return [], {}
         ids = [encode_prompt(p.prompt, s.tokenizer, s.data.template, end=s.model.reads_apart) for p in prompts]
         size = s.model.context
-        kept = [
-            (p, i) for p, i in zip(prompts, ids, strict=True) if size is None or len(i) <= size - e.max_new_tokens
-        ]
+        kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if size is None or len(i) <= size - e.max_new_tokens]
         sampling = Sampling(max_new_tokens=e.max_new_tokens)
         tokens = generate_ids(s.model, self.policy(state), s.tokenizer, [i for _, i in kept], sampling)
         texts = [completion(s.tokenizer, continued(s.model, i), t) for (_, i), t in zip(kept, tokens, strict=True)]
