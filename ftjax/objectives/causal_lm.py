@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ftjax.data.batches import TokenBatch
 from ftjax.headspec import HeadSpec
+from ftjax.kernels.vocab_loss import TokenNll
 from ftjax.objectives.base import LossOutput, Policy
 from ftjax.registry import register
 from ftjax.rows import prompt_lengths
@@ -84,8 +85,12 @@ class CausalLM(Component):
         trained = (weights > 0).astype(jnp.float32)
         metrics = {"mean_token_accuracy": ((token.correct * trained).sum(), trained.sum())}
         return LossOutput(
-            {"nll": (token.nll * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))}
+            {"nll": (self.each(token) * weights).sum()}, mutable, metrics | {"num_tokens": (total, jnp.float32(1))}
         )
+
+    def each(self, token: TokenNll) -> jax.Array:
+        """The loss of each token [B, T], before its weight."""
+        return token.nll
 
     def summary(self, rows: dict[str, Any]) -> dict[str, float]:
         """Sums over tokens say it all."""
