@@ -83,7 +83,13 @@ def fine_tune(model: list[str], files: tuple[Path, Path], classes: int, seed: in
     train, test = files
     start = time.perf_counter()
     command = ["--config", str(CONFIGS / "classify.py"), *model, f"data.path={train}", f"data.eval_path={test}"]
-    command += [f"out={out}", f"train.steps={STEPS[classes]}", f"seed={seed}", "evaluate.every=100000", "evaluate.examples=0"]
+    command += [
+        f"out={out}",
+        f"train.steps={STEPS[classes]}",
+        f"seed={seed}",
+        "evaluate.every=100000",
+        "evaluate.examples=0",
+    ]
     if not (out / "model").exists():
         assert ftjax(command) == 0
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
