@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -28,6 +29,7 @@ from ftjax.peft.base import bind, merge
 from ftjax.peft.lora import LoRA
 from ftjax.quant import base as quant
 from ftjax.quant.base import bits_per_parameter, pack_store, unpack_store
+from ftjax.quant.fp8 import FP8, FP8Weight
 from ftjax.quant.int8 import Int8, Int8Weight
 from ftjax.quant.nf4 import D8_VALUES, NF4, NF4_VALUES, NF4Weight
 from ftjax.report.parameters import QUANTIZED, parameter_report
@@ -37,7 +39,7 @@ from tests import tiny
 from tests.test_hlo import equations
 
 ROOT = Path(__file__).resolve().parent.parent
-STORAGES = {"nf4": NF4(), "nf4-single": NF4(double=False), "int8": Int8()}
+STORAGES = {"nf4": NF4(), "nf4-single": NF4(double=False), "int8": Int8(), "fp8": FP8()}
 each = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 # (in, out): whole blocks of one output; blocks across outputs, the last not full; odd numbers of weights
 SHAPES = [(256, 96), (128, 300), (96, 50), (33, 5)]
@@ -128,7 +130,8 @@ def test_a_block_of_zeros_stays_zero():
     for storage in STORAGES.values():
         q = np.asarray(storage.encode(w).materialize())
         assert not q[:64, 3].any() and np.isfinite(q).all()
-    assert not np.asarray(Int8().encode(0 * w).materialize()).any()
+    for storage in (Int8(), FP8()):
+        assert not np.asarray(storage.encode(0 * w).materialize()).any()
 
 
 def test_int8_by_output_channels():
@@ -138,6 +141,41 @@ def test_int8_by_output_channels():
     np.testing.assert_array_equal(q.absmax, absmax)
     np.testing.assert_array_equal(q.codes, np.rint(w * (np.float32(127) / absmax)))
     assert (np.abs(q.materialize() - w) <= absmax / 127 * 0.5001).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_fp8_by_output_channels(scale):
+    w = gaussian((96, 40), scale=scale)
+    w[:8] *= 1e-3  # below the smallest normal number in units of the largest: these have fewer bits
+    q = FP8().encode(w)
+    absmax = np.abs(w).max(0)
+    np.testing.assert_array_equal(q.absmax, absmax)
+    codes = np.asarray(q.codes)
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    want = (w * (np.float32(448) / absmax)).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(codes, want.view(np.uint8))
+    assert np.abs(values).max(0).min() == np.abs(values).max() == 448  # the whole range, and nothing beyond it (NaN)
+    # 3 bits after the point: half a step is 2^-4 of the number, and 2^-10 below the smallest normal number, 2^-6
+    bound = np.maximum(2.0**-4 * np.abs(w), 2.0**-10 * absmax / 448) * 1.0001
+    assert (np.abs(q.materialize() - w) <= bound).all()
+    again = FP8().encode(np.asarray(q.materialize()))
+    np.testing.assert_array_equal(again.codes, codes)
+
+
+def test_fp8_is_for_heavy_tails_and_int8_for_normal_weights():
+    """Root mean square of the error over that of the weights. FP8's is 2.6 % whatever the tail, int8's grows with it."""
+    rng, shape = np.random.default_rng(0), (1024, 256)
+    spiked = rng.normal(size=shape) * np.where(np.arange(1024)[:, None] % 256 == 7, 30, 1)  # 4 inputs 30 times as large
+    kinds = {"normal": rng.normal(size=shape), "t2": rng.standard_t(2, size=shape), "spiked": spiked}
+
+    def error(storage, w):
+        w = w.astype(np.float32)
+        return float(np.sqrt(((storage.encode(w).materialize() - w) ** 2).mean() / (w**2).mean()))
+
+    fp8, int8 = ({k: error(s, w) for k, w in kinds.items()} for s in (FP8(), Int8()))
+    assert fp8["normal"] == pytest.approx(0.0265, abs=5e-4) and int8["normal"] == pytest.approx(0.0079, abs=2e-4)
+    assert fp8["t2"] < 0.5 * int8["t2"] and fp8["spiked"] < 0.4 * int8["spiked"]
+    assert max(fp8.values()) < 0.027 and min(fp8.values()) > 0.015
 
 
 def test_bits_per_parameter_of_a_100_million_parameter_model():
@@ -155,6 +193,7 @@ def test_bits_per_parameter_of_a_100_million_parameter_model():
     assert abs(bits(NF4()) - 4.127) < 1e-3
     assert abs(bits(NF4(double=False)) - 4.5) < 1e-9
     assert 8 < bits(Int8()) < 8.05
+    assert bits(FP8()) == bits(Int8())
 
 
 def test_the_error_on_normal_weights_is_below_that_of_int4_and_fp4():
@@ -199,7 +238,16 @@ CASES = [f"nf4 scan {peft}" for peft in ("lora", "dora", "ia3", "prompt", "prefi
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, "nf4 unroll lora", "nf4-single scan lora", "int8 scan lora", "int8 scan dora"]
+    "case",
+    [
+        *CASES,
+        "nf4 unroll lora",
+        "nf4-single scan lora",
+        "int8 scan lora",
+        "int8 scan dora",
+        "fp8 scan lora",
+        "fp8 unroll lora",
+    ],
 )
 def test_numbers_equal_those_of_the_dequantized_base(case):
     name, layers, peft = case.split()
@@ -233,12 +281,12 @@ def kernel_stacks(model, held, *, peft) -> list[tuple[int, ...]]:
     program = jax.jit(t.program.train).trace(t.state, t.frozen, tiny.batch(3, micro=1)).jaxpr.jaxpr
     kernels = {model.table[k].shape for k, v in held.items() if isinstance(v, quant.Quantized)}
     kernels |= {(n, o, i) for n, i, o in kernels}
-    codes = {(v.codes.shape, v.codes.dtype) for v in held.values() if isinstance(v, NF4Weight | Int8Weight)}
+    codes = {(v.codes.shape, v.codes.dtype) for v in held.values() if isinstance(v, NF4Weight | Int8Weight | FP8Weight)}
     made = [v.aval for e in equations(program) for v in e.outvars]
     return [a.shape for a in made if a.shape in kernels or (a.shape, a.dtype) in codes]
 
 
-@pytest.mark.parametrize("storage", [NF4(), Int8()], ids=["nf4", "int8"])
+@pytest.mark.parametrize("storage", [NF4(), Int8(), FP8()], ids=["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("peft", ["lora", "dora"])
 def test_no_dequantized_stack_is_kept_for_the_backward_pass(storage, peft):
     model, _, held = packed(storage)
@@ -251,7 +299,7 @@ def test_the_search_for_residuals_finds_those_of_a_plain_product(monkeypatch):
     assert len(kernel_stacks(model, held, peft=LoRA(rank=3))) >= 7
 
 
-@pytest.mark.parametrize("storage", [NF4(), Int8()], ids=["nf4", "int8"])
+@pytest.mark.parametrize("storage", [NF4(), Int8(), FP8()], ids=["nf4", "int8", "fp8"])
 def test_memory_of_the_compiled_step(storage):
     """Neither saved kernels nor constants that the compiler moves out of the loop: 16 kernels' worth, once."""
     model, base, held = packed(
@@ -282,16 +330,15 @@ def test_stacks_are_cut_and_joined(storage):
     assert {k for k in step.overlay if k.endswith("q/w")} == {"layers[1:2]/q/w", "layers[3:4]/q/w"}
 
 
-SPLIT = [("nf4", (32, 48)), ("nf4", (128, 256)), ("int8", (128, 256))]
+SPLIT = [("nf4", (32, 48)), ("nf4", (128, 256)), ("int8", (128, 256)), ("fp8", (128, 256))]
 
 
-@pytest.mark.parametrize(("name", "sizes"), SPLIT, ids=["nf4-flat", "nf4-rows", "int8"])
+@pytest.mark.parametrize(("name", "sizes"), SPLIT, ids=["nf4-flat", "nf4-rows", "int8", "fp8"])
 def test_eight_devices_equal_one(name, sizes):
     storage = STORAGES[name]
     model, _, held = packed(storage, tiny.llama(hidden_size=sizes[0], intermediate_size=sizes[1]))
-    optim = config.Optim(
-        lr=1e-2, eps=1e-4
-    )  # so that a gradient that is rounding alone is not a whole step of random sign
+    # So that a gradient that is rounding alone is not a step of random sign: what is measured here falls as 1 / eps.
+    optim = config.Optim(lr=1e-2, eps=1e-3)
     t, data = tiny.tiny(LoRA(rank=4), model=model, base=held, optim=optim), tiny.batch(16, micro=2)
     want, once = t.state, jax.jit(t.program.train)
     for _ in range(2):
@@ -300,17 +347,18 @@ def test_eight_devices_equal_one(name, sizes):
     p = Placement(mesh, axes_of_store({"base": t.base, "overlay": t.overlay}, model.table))
     states, frozen = p.tree(t.state), p.tree(t.frozen)
     placed = jax.device_put(t.frozen, frozen), jax.device_put(data, p.batch(1))
-    split = [x for x in jax.tree.leaves(placed[0]) if x.dtype in (jnp.uint8, jnp.int8) and not x.is_fully_replicated]
+    codes = [x for x in jax.tree.leaves(placed[0]) if x.dtype in (jnp.uint8, jnp.int8)]
+    split = [x for x in codes if not x.is_fully_replicated]
     flat = sizes[0] % 64 and isinstance(storage, NF4)
     assert bool(split) != bool(flat)  # blocks that run across outputs lie whole on every device
     step = jax.jit(t.program.train, in_shardings=(states, frozen, p.batch(1)), out_shardings=(states, p.replicated))
     state = jax.device_put(t.state, states)
     for _ in range(2):
         state, _ = step(state, *placed)
-    assert tiny.relative(state.trainable, want.trainable) < 3e-4
+    assert tiny.relative(state.trainable, want.trainable) < 2e-4
 
 
-@pytest.mark.parametrize("storage", [NF4(), Int8()], ids=["nf4", "int8"])
+@pytest.mark.parametrize("storage", [NF4(), Int8(), FP8()], ids=["nf4", "int8", "fp8"])
 def test_going_on_from_a_checkpoint_equals_not_stopping(storage, tmp_path):
     model, base, held = packed(storage)
     t, data = tiny.tiny(LoRA(rank=4, dropout=0.1), model=model, base=held), tiny.batch(4, micro=2)
@@ -331,7 +379,9 @@ def test_going_on_from_a_checkpoint_equals_not_stopping(storage, tmp_path):
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.trainable, t.state.trainable)), strict=True))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32"), ("fp8", "float32")]
+)
 def test_a_merged_model_is_plain(name, dtype):
     storage = STORAGES[name]
     model = tiny.llama()
@@ -392,10 +442,11 @@ def test_the_config_is_refused_before_anything_is_loaded(tmp_path):
     assert "peft=full, model.quantize=nf4  the method trains layers/" in str(caught.value)
     with pytest.raises(ConfigError, match="trains layers/"):
         load(file, ["peft=partial", "model.quantize=int8"])
-    with pytest.raises(ConfigError, match="Known: int8, nf4, none"):
+    with pytest.raises(ConfigError, match="Known: fp8, int8, nf4, none"):
         load(file, ["model.quantize=nf5"])
     assert load(file, ["model.quantize=nf4"]).model.quantize == NF4()
     assert load(file, ["model.quantize=nf4", "model.quantize.double=false"]).model.quantize == NF4(double=False)
+    assert load(file, ["model.quantize=fp8"]).model.quantize == FP8()
     for peft in ("norms", "lora"):
         assert load(file, [f"peft={peft}", "model.quantize=int8"]).model.quantize == Int8()
 
