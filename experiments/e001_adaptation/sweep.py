@@ -1,6 +1,6 @@
 """Full fine-tuning and LoRA adapt a story model to plays: what is learnt and what is forgotten, over seeds.
 
-    python experiments/e001_adaptation/sweep.py --model DIR --text FILE.txt --out runs/e001
+    python -m experiments.e001_adaptation.sweep --model DIR --text FILE.txt --out runs/e001
 
 Every run is `configs/adapt_text.py` with overrides. "story loss" is the loss on stories that the base model itself wrote
 (sampled at temperature 1 before training), so its rise measures what is forgotten.
@@ -15,14 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ftjax
-from ftjax.data.tokenizer import load_tokenizer
-from ftjax.generate.api import generate_ids, prompt_ids
-from ftjax.generate.sampling import Sampling
+from experiments.stories import stories, story_loss
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -30,28 +26,6 @@ METHODS = {
     "lora": ["peft=lora", "peft.rank=16", "peft.alpha=32", "optim.lr=1e-2"],
     "full": ["peft=full", "optim.lr=2e-3"],
 }
-
-
-def stories(model: str, n: int) -> jnp.ndarray:
-    """n stories of the base model, as token rows [n, T]."""
-    network, params = ftjax.load_pretrained(model)
-    tokenizer = load_tokenizer(model)
-    prompt = prompt_ids(tokenizer, "Once upon a time")
-    answers = generate_ids(
-        network, params, tokenizer, [prompt] * n, Sampling(max_new_tokens=200, temperature=1.0, seed=7)
-    )
-    length = min(len(prompt) + len(a) for a in answers)
-    return jnp.asarray([np.concatenate([prompt, a])[:length] for a in answers], jnp.int32)
-
-
-def story_loss(network, params, rows: jnp.ndarray) -> float:
-    """Mean loss per token of the rows."""
-
-    @jax.jit
-    def loss(params, rows):
-        return network.apply(params, {"input_ids": rows}).nll(jnp.roll(rows, -1, 1)).nll[:, :-1].mean()
-
-    return float(loss(params, rows))
 
 
 def trained(model: str, folder: Path):
