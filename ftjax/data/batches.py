@@ -1,4 +1,4 @@
-"""What the model eats: `Example` (one encoded text), `Examples` (many, stored compactly), `TokenBatch` (rows of them).
+"""What the model eats: `Example` (one encoded text), `Examples` (many, flat), `TokenBatch` (rows of them).
 
 Weights stand at the TARGET: `weights[t]` multiplies the loss of predicting token t from the tokens before it. A prompt
 token has weight 0 and so has the first token of every example, so that nothing is predicted across a border.
@@ -10,8 +10,8 @@ token has weight 0 and so has the first token of every example, so that nothing 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 from flax import struct
@@ -42,42 +42,124 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples(Sequence[Example]):
-    """A read-only list of examples in four flat arrays: 8 bytes a token, no Python object a token.
+class Flat:
+    """Encoded texts of any kind in flat arrays: what all kinds have in common.
 
     Attributes:
-      input_ids: all examples one after another, [N].
-      weights: likewise, [N].
-      offsets: example i is `[offsets[i], offsets[i + 1])`, [examples + 1].
-      rows: index of the source row of each example, [examples].
+      input_ids: all texts one after another, [N].
+      offsets: text i is `[offsets[i], offsets[i + 1])`, [examples + 1].
+      rows: index of the source row of each text, [examples].
       origins: place of each source row, indexed by `rows`.
     """
 
     input_ids: Int32[np.ndarray, " N"]
-    weights: Float32[np.ndarray, " N"]
     offsets: np.ndarray
     rows: np.ndarray
     origins: tuple[str, ...]
+
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids",)
+    """Arrays with an entry for each token."""
+    per_text: ClassVar[tuple[str, ...]] = ("rows",)
+    """Arrays with an entry for each text."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 [examples]."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def origin(self, i: int) -> str:
+        """Where the row of text i stands."""
+        return self.origins[int(self.rows[i])]
+
+    def part(self, i: int) -> slice:
+        """Where text i stands in the flat arrays."""
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def take(self, indices: np.ndarray) -> Self:
+        """The texts at `indices`, in that order; `rows` and `origins` stay."""
+        lengths = self.lengths[indices]
+        starts = np.cumsum(lengths) - lengths
+        flat = np.repeat(self.offsets[:-1][indices] - starts, lengths) + np.arange(lengths.sum())
+        changed = {k: getattr(self, k)[flat] for k in self.per_token}
+        changed |= {k: getattr(self, k)[indices] for k in self.per_text}
+        return replace(self, offsets=offsets_of(lengths), **changed)
+
+    def padded(self, rows: Sequence[Sequence[int]], length: int, count: int | None) -> Padded:
+        """Text `rows[r]` in row r of [count, length]; rows beyond `rows` are all padding.
+
+        Raises:
+          ValueError: a row does not name exactly one text, or a text is longer than `length`.
+        """
+        chosen = [i for (i,) in rows]
+        if (longest := max(self.lengths[chosen], default=0)) > length:
+            raise ValueError(f"a text has {longest} tokens, the length is {length}")
+        sizes = np.zeros((len(chosen) if count is None else count, 1), np.int64)
+        sizes[: len(chosen), 0] = self.lengths[chosen]
+        counter = np.arange(length, dtype=np.int32)
+        real = counter < sizes
+        place = np.zeros((len(sizes), 1), np.int64)
+        place[: len(chosen), 0] = self.offsets[chosen]
+        return Padded(
+            real, np.where(real, counter, 0), np.where(real, 0, PAD_SEGMENT).astype(np.int32), place + counter
+        )
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One text per row.
+
+    Attributes:
+      real: whether a place holds a token, [B, T].
+      positions: 0, 1, ... within each text; 0 at padding.
+      segments: 0, and `PAD_SEGMENT` at padding.
+      place: where each token stands in the flat arrays; anything at padding.
+    """
+
+    real: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    place: np.ndarray
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        """A flat array [N] as rows [B, T] in its dtype, 0 at padding."""
+        out = np.zeros(self.real.shape, flat.dtype)
+        out[self.real] = flat[self.place[self.real]]
+        return out
+
+
+def offsets_of(lengths: Iterable[int] | np.ndarray) -> np.ndarray:
+    """Where texts of these lengths begin, and where the last one ends, int64 [texts + 1]."""
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def flatten(parts: Sequence[Any], dtype: Any = np.int32) -> np.ndarray:
+    """Arrays or lists one after another; empty where there are none."""
+    return np.concatenate([np.asarray(p, dtype) for p in parts] or [np.zeros(0, dtype)])
+
+
+@dataclass(frozen=True)
+class Examples(Flat, Sequence[Example]):
+    """A read-only list of examples: 8 bytes a token, no Python object a token.
+
+    Attributes:
+      weights: loss weight of each token as a target, [N].
+    """
+
+    weights: Float32[np.ndarray, " N"]
+
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "weights")
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Examples:
         """Gathers single examples; their `row` is renumbered 0, 1, ..."""
         items = list(examples)
         return cls(
-            np.concatenate([e.input_ids for e in items] or [np.zeros(0)]).astype(np.int32),
-            np.concatenate([e.weights for e in items] or [np.zeros(0)]).astype(np.float32),
-            np.cumsum([0, *(len(e) for e in items)], dtype=np.int64),
-            np.arange(len(items)),
-            tuple(e.origin for e in items),
-        )
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [examples]."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+            input_ids=flatten([e.input_ids for e in items]), weights=flatten([e.weights for e in items], np.float32),
+            offsets=offsets_of(map(len, items)), rows=np.arange(len(items)), origins=tuple(e.origin for e in items),
+        )  # fmt: skip
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -87,30 +169,17 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         i = range(len(self))[index]
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        row = int(self.rows[i])
+        part, row = self.part(i), int(self.rows[i])
         return Example(self.input_ids[part], self.weights[part], row, self.origins[row])
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
-
-    def origin(self, i: int) -> str:
-        """Where the row of example i stands."""
-        return self.origins[int(self.rows[i])]
 
     def build(
         self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
     ) -> TokenBatch:
         """A batch of rows that hold the examples with these indices (see `build_rows`)."""
         return build_rows([[self[i] for i in row] for row in rows], length, count=count)
-
-    def take(self, indices: np.ndarray) -> Examples:
-        """The examples at `indices`, in that order; `row` and `origin` stay."""
-        lengths = self.lengths[indices]
-        starts = np.cumsum(lengths) - lengths
-        flat = np.repeat(self.offsets[:-1][indices] - starts, lengths) + np.arange(lengths.sum())
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Examples(self.input_ids[flat], self.weights[flat], offsets, self.rows[indices], self.origins)
 
 
 @struct.dataclass

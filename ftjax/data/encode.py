@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples
+from ftjax.data.batches import Examples, flatten, offsets_of
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.rows import BadRows, Row
 from ftjax.data.templates import Chat, render_chats, require_markers
@@ -285,17 +285,17 @@ def _chat_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, templat
 
 
 def _finish(out: _Builder, rows: Sequence[Row], read: int, bad: BadRows, required: bool) -> Encoded:
-    offsets = np.cumsum([0, *map(len, out.ids)], dtype=np.int64)
-    ids = np.concatenate(out.ids) if out.ids else np.zeros(0, np.int32)
-    weights = np.concatenate(out.weights) if out.weights else np.zeros(0, np.float32)
-    examples = Examples(ids, weights, offsets, np.asarray(out.rows, np.int64), tuple(r.origin for r in rows))
+    examples = Examples(
+        input_ids=flatten(out.ids), weights=flatten(out.weights, np.float32), offsets=offsets_of(map(len, out.ids)),
+        rows=np.asarray(out.rows, np.int64), origins=tuple(r.origin for r in rows),
+    )  # fmt: skip
     counts = {k: getattr(out, k) for k in ("truncated", "dropped", "zero_trained", "eos_trained", "longest")}
     report = EncodeReport(
         read=read,
         skipped_bad=bad.count,
         examples=len(examples),
-        tokens=len(ids),
-        trained_tokens=int(np.count_nonzero(weights)),
+        tokens=len(examples.input_ids),
+        trained_tokens=int(np.count_nonzero(examples.weights)),
         **counts,
     )
     if not examples and required:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import struct
@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import PAD_SEGMENT
+from ftjax.data.batches import Flat, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, rename
 from ftjax.data.rows import BadRows, Row
@@ -63,49 +63,23 @@ class LabelBatch:
 
 
 @dataclass(frozen=True)
-class LabelledExamples:
-    """Encoded texts with their labels, in flat arrays.
+class LabelledExamples(Flat):
+    """Encoded texts with their labels.
 
     Attributes:
-      input_ids, types: all texts one after another, [N].
+      types: token types, [N].
       labels: [examples], or [examples, classes].
-      offsets: text i is `[offsets[i], offsets[i + 1])`, [examples + 1].
-      rows: index of the source row of each, [examples].
       names: of the classes; one name for a regression.
       problem: regression, single_label_classification or multi_label_classification.
-      origins: place of each source row.
     """
 
-    input_ids: np.ndarray
     types: np.ndarray
     labels: np.ndarray
-    offsets: np.ndarray
-    rows: np.ndarray
     names: tuple[str, ...]
     problem: str
-    origins: tuple[str, ...]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 [examples]."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, indices: np.ndarray) -> LabelledExamples:
-        """The texts at `indices`, in that order."""
-        lengths = self.lengths[indices]
-        starts = np.cumsum(lengths) - lengths
-        flat = np.repeat(self.offsets[:-1][indices] - starts, lengths) + np.arange(lengths.sum())
-        return replace(
-            self, input_ids=self.input_ids[flat], types=self.types[flat], labels=self.labels[indices],
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), rows=self.rows[indices],
-        )  # fmt: skip
-
-    def origin(self, i: int) -> str:
-        """Where the row of example i stands."""
-        return self.origins[int(self.rows[i])]
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "types")
+    per_text: ClassVar[tuple[str, ...]] = ("rows", "labels")
 
     def label(self, i: int) -> str:
         """The label of example i as text."""
@@ -119,17 +93,11 @@ class LabelledExamples:
         self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
     ) -> LabelBatch:
         """A batch with one text per row; rows beyond `rows` are padding with weight 0."""
-        n = len(rows) if count is None else count
-        tokens, positions, types = (np.zeros((n, length), np.int32) for _ in range(3))
-        segments = np.full((n, length), PAD_SEGMENT, np.int32)
-        labels, weights = np.zeros((n, *self.labels.shape[1:]), self.labels.dtype), np.zeros(n, np.float32)
-        for r, (i,) in enumerate(rows):
-            part = slice(self.offsets[i], self.offsets[i + 1])
-            size = part.stop - part.start
-            tokens[r, :size], types[r, :size] = self.input_ids[part], self.types[part]
-            positions[r, :size], segments[r, :size] = np.arange(size), 0
-            labels[r], weights[r] = self.labels[i], 1.0
-        return LabelBatch(tokens, positions, segments, types, labels, weights)
+        p, used = self.padded(rows, length, count), [i for (i,) in rows]
+        labels = np.zeros((len(p.real), *self.labels.shape[1:]), self.labels.dtype)
+        labels[: len(used)] = self.labels[used]
+        weights = (np.arange(len(p.real)) < len(used)).astype(np.float32)
+        return LabelBatch(p.of(self.input_ids), p.positions, p.segments, p.of(self.types), labels, weights)
 
 
 # Rows ------------------------------------------------------------------------------------------------------------------
@@ -246,10 +214,9 @@ def encode_labelled(
     if not kept and required:
         raise DataError(f"all {len(rows)} texts are longer than loader.max_length={loader.max_length}")
     examples = LabelledExamples(
-        np.concatenate([np.asarray(ids[i], np.int32) for i in kept] or [np.zeros(0, np.int32)]),
-        np.concatenate([np.asarray(types[i], np.int32) for i in kept] or [np.zeros(0, np.int32)]),
-        values[kept], np.cumsum([0, *(len(ids[i]) for i in kept)], dtype=np.int64), np.asarray(kept, np.int64),
-        names, problem, tuple(r.origin for r in rows),
+        input_ids=flatten([ids[i] for i in kept]), types=flatten([types[i] for i in kept]), labels=values[kept],
+        offsets=offsets_of(len(ids[i]) for i in kept), rows=np.asarray(kept, np.int64), names=names, problem=problem,
+        origins=tuple(r.origin for r in rows),
     )  # fmt: skip
     report = EncodeReport(
         read=len(rows) + bad.count if read is None else read, skipped_bad=bad.count, dropped=dropped,

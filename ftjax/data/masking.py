@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples, build_rows
+from ftjax.data.batches import Examples, build_rows, flatten, offsets_of
 from ftjax.data.encode import ENCODE_BATCH, Encoded, EncodeReport, encode
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.rows import BadRows
@@ -184,10 +184,11 @@ def _pieces(
             if len(ids) > least:
                 found.append(np.asarray(ids, np.int32))
                 rows.append(start + int(row))
-    flat = np.concatenate(found or [np.zeros(0, np.int32)])
-    offsets = np.cumsum([0, *map(len, found)], dtype=np.int64)
-    origins = tuple(r.origin for r in typed.rows)
-    examples = Examples(flat, np.ones(len(flat), np.float32), offsets, np.asarray(rows, np.int64), origins)
+    flat = flatten(found)
+    examples = Examples(
+        input_ids=flat, weights=np.ones(len(flat), np.float32), offsets=offsets_of(map(len, found)),
+        rows=np.asarray(rows, np.int64), origins=tuple(r.origin for r in typed.rows),
+    )  # fmt: skip
     skipped = bad.count if bad else 0
     report = EncodeReport(
         read=len(typed.rows) + skipped if read is None else read, skipped_bad=skipped, examples=len(found),

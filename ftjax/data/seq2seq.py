@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples, build_rows
+from ftjax.data.batches import Examples, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport, ending, with_end
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.labels import tokenized
@@ -82,10 +82,9 @@ class SeqExamples:
         self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
     ) -> SeqBatch:
         """A batch with one example per row; rows beyond `rows` are padding."""
-        read = build_rows([[self.sources[i]] for (i,) in rows], length, count=count)
-        said = build_rows([[self.answers[i]] for (i,) in rows], length, count=count)
-        real = (said.segments == 0).astype(np.float32)
-        return SeqBatch(read.tokens, read.positions, read.segments, said.tokens, real)
+        read, said = (x.padded(rows, length, count) for x in (self.sources, self.answers))
+        tokens, answer = read.of(self.sources.input_ids), said.of(self.answers.input_ids)
+        return SeqBatch(tokens, read.positions, read.segments, answer, said.real.astype(np.float32))
 
 
 def encode_seq2seq(
@@ -147,7 +146,8 @@ class _Texts(Examples):
 def _texts(rows: list[Row], tokenizer: Any, loader: Loader) -> _Texts:
     """All texts that fit, in flat arrays."""
     ids, _, full, kept = tokenized(rows, tokenizer, loader)
-    flat = np.concatenate([np.asarray(ids[i], np.int32) for i in kept] or [np.zeros(0, np.int32)])
-    offsets = np.cumsum([0, *(len(ids[i]) for i in kept)], dtype=np.int64)
-    origins = tuple(r.origin for r in rows)
-    return _Texts(flat, np.ones(len(flat), np.float32), offsets, np.asarray(kept, np.int64), origins, tuple(full))
+    flat = flatten([ids[i] for i in kept])
+    return _Texts(
+        input_ids=flat, weights=np.ones(len(flat), np.float32), offsets=offsets_of(len(ids[i]) for i in kept),
+        rows=np.asarray(kept, np.int64), origins=tuple(r.origin for r in rows), full=tuple(full),
+    )  # fmt: skip

@@ -12,8 +12,8 @@ transformers' example for SQuAD. The first answer of a row is trained; held-out 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import struct
@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import PAD_SEGMENT
+from ftjax.data.batches import Flat, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, rename
 from ftjax.data.rows import BadRows, Row
@@ -56,59 +56,32 @@ class SpanBatch:
 
 
 @dataclass(frozen=True)
-class SpanExamples:
-    """Encoded windows, in flat arrays.
+class SpanExamples(Flat):
+    """Encoded windows over contexts; what `Flat` calls a text is a window here.
 
     Attributes:
-      input_ids, types: all windows one after another, [N].
+      types: token types, [N].
       chars: of each token its first character and the one after its last in the context, or `OUTSIDE`, [N, 2].
-      offsets: window i is `[offsets[i], offsets[i + 1])`, [examples + 1].
       spans: first and last token of the answer within each window, [examples, 2].
       nulls: place of the token that stands for no answer, [examples].
-      rows: index of the source row of each window, [examples].
       context_of: which of `contexts` a row has, [rows].
       answer_offsets: answers of row r are `[answer_offsets[r], answer_offsets[r + 1])` of `answers`, [rows + 1].
       contexts, answers: texts, each context once.
       nullable: whether some training question has no answer.
-      origins: place of each source row.
     """
 
-    input_ids: np.ndarray
     types: np.ndarray
     chars: np.ndarray
-    offsets: np.ndarray
     spans: np.ndarray
     nulls: np.ndarray
-    rows: np.ndarray
     context_of: np.ndarray
     answer_offsets: np.ndarray
     contexts: tuple[str, ...]
     answers: tuple[str, ...]
     nullable: bool
-    origins: tuple[str, ...]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each window, int64 [examples]."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, indices: np.ndarray) -> SpanExamples:
-        """The windows at `indices`, in that order."""
-        lengths = self.lengths[indices]
-        starts = np.cumsum(lengths) - lengths
-        flat = np.repeat(self.offsets[:-1][indices] - starts, lengths) + np.arange(lengths.sum())
-        return replace(
-            self, input_ids=self.input_ids[flat], types=self.types[flat], chars=self.chars[flat],
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), spans=self.spans[indices],
-            nulls=self.nulls[indices], rows=self.rows[indices],
-        )  # fmt: skip
-
-    def origin(self, i: int) -> str:
-        """Where the row of window i stands."""
-        return self.origins[int(self.rows[i])]
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "types", "chars")
+    per_text: ClassVar[tuple[str, ...]] = ("rows", "spans", "nulls")
 
     def context(self, i: int) -> str:
         """The whole context of window i."""
@@ -122,18 +95,12 @@ class SpanExamples:
         self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
     ) -> SpanBatch:
         """A batch with one window per row; rows beyond `rows` are padding."""
-        n = len(rows) if count is None else count
-        tokens, positions, types = (np.zeros((n, length), np.int32) for _ in range(3))
-        segments = np.full((n, length), PAD_SEGMENT, np.int32)
-        spans, index = np.zeros((n, 2), np.int32), np.full(n, -1, np.int32)
-        for r, (i,) in enumerate(rows):
-            part = slice(self.offsets[i], self.offsets[i + 1])
-            size = part.stop - part.start
-            tokens[r, :size], types[r, :size] = self.input_ids[part], self.types[part]
-            positions[r, :size], segments[r, :size] = np.arange(size), 0
-            spans[r], index[r] = self.spans[i], i
+        p, used = self.padded(rows, length, count), [i for (i,) in rows]
+        spans, index = np.zeros((len(p.real), 2), np.int32), np.full(len(p.real), -1, np.int32)
+        spans[: len(used)], index[: len(used)] = self.spans[used], used
         weights = (index >= 0).astype(np.float32)
-        return SpanBatch(tokens, positions, segments, types, spans[:, 0], spans[:, 1], weights, index)
+        ids, types = p.of(self.input_ids), p.of(self.types)
+        return SpanBatch(ids, p.positions, p.segments, types, spans[:, 0], spans[:, 1], weights, index)
 
 
 # Rows ------------------------------------------------------------------------------------------------------------------
@@ -298,13 +265,12 @@ def _windows(
         source.append(kept[made["overflow_to_sample_mapping"][w]])
     contexts = {text: i for i, text in enumerate(dict.fromkeys(r["context"] for r in rows))}
     examples = SpanExamples(
-        np.concatenate(ids or [np.zeros(0, np.int32)]), np.concatenate(types or [np.zeros(0, np.int32)]),
-        np.concatenate(chars or [np.zeros((0, 2), np.int32)]), np.cumsum([0, *map(len, ids)], dtype=np.int64),
-        np.asarray(spans, np.int32).reshape(-1, 2), np.asarray(nulls, np.int32), np.asarray(source, np.int64),
-        np.asarray([contexts[r["context"]] for r in rows], np.int64),
-        np.cumsum([0, *(len(r["texts"]) for r in rows)], dtype=np.int64), tuple(contexts),
-        tuple(t for r in rows for t in r["texts"]), like.nullable if like else any(not r["texts"] for r in rows),
-        tuple(r.origin for r in rows),
+        input_ids=flatten(ids), types=flatten(types), chars=flatten(chars).reshape(-1, 2), offsets=offsets_of(map(len, ids)),
+        spans=np.asarray(spans, np.int32).reshape(-1, 2), nulls=np.asarray(nulls, np.int32),
+        rows=np.asarray(source, np.int64), context_of=np.asarray([contexts[r["context"]] for r in rows], np.int64),
+        answer_offsets=offsets_of(len(r["texts"]) for r in rows), contexts=tuple(contexts),
+        answers=tuple(t for r in rows for t in r["texts"]),
+        nullable=like.nullable if like else any(not r["texts"] for r in rows), origins=tuple(r.origin for r in rows),
     )  # fmt: skip
     return examples, max(map(len, ids), default=0)
 

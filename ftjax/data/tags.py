@@ -11,8 +11,8 @@ label of `IGNORED` in the data is none either. Classes are those of the training
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import struct
@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import PAD_SEGMENT
+from ftjax.data.batches import Flat, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, rename
 from ftjax.data.labels import class_names
@@ -55,74 +55,40 @@ class TagBatch:
 
 
 @dataclass(frozen=True)
-class TagExamples:
-    """Encoded texts with labels on some tokens, in flat arrays.
+class TagExamples(Flat):
+    """Encoded texts with labels on some tokens.
 
     Attributes:
-      input_ids, types: all texts one after another, [N].
+      types: token types, [N].
       tags: class of each token, or `IGNORED`, [N].
-      offsets: text i is `[offsets[i], offsets[i + 1])`, [examples + 1].
-      rows: index of the source row of each, [examples].
       names: of the classes.
-      origins: place of each source row.
     """
 
-    input_ids: np.ndarray
     types: np.ndarray
     tags: np.ndarray
-    offsets: np.ndarray
-    rows: np.ndarray
     names: tuple[str, ...]
-    origins: tuple[str, ...]
+
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "types", "tags")
 
     @classmethod
     def of(
         cls, parts: Sequence[Pieces], rows: Sequence[int], names: tuple[str, ...], origins: Iterable[str]
     ) -> TagExamples:
         """Gathers single texts; `rows` says which source row each came from."""
-        ids, types, tags = (
-            np.concatenate([np.asarray(p[k], np.int32) for p in parts] or [np.zeros(0, np.int32)]) for k in range(3)
-        )
-        offsets = np.cumsum([0, *(len(p[0]) for p in parts)], dtype=np.int64)
-        return cls(ids, types, tags, offsets, np.asarray(rows, np.int64), names, tuple(origins))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 [examples]."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, indices: np.ndarray) -> TagExamples:
-        """The texts at `indices`, in that order."""
-        lengths = self.lengths[indices]
-        starts = np.cumsum(lengths) - lengths
-        flat = np.repeat(self.offsets[:-1][indices] - starts, lengths) + np.arange(lengths.sum())
-        return replace(
-            self, input_ids=self.input_ids[flat], types=self.types[flat], tags=self.tags[flat],
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), rows=self.rows[indices],
+        ids, types, tags = (flatten([p[k] for p in parts]) for k in range(3))
+        return cls(
+            input_ids=ids, types=types, tags=tags, offsets=offsets_of(len(p[0]) for p in parts), names=names,
+            rows=np.asarray(rows, np.int64), origins=tuple(origins),
         )  # fmt: skip
-
-    def origin(self, i: int) -> str:
-        """Where the row of example i stands."""
-        return self.origins[int(self.rows[i])]
 
     def build(
         self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
     ) -> TagBatch:
         """A batch with one text per row; rows beyond `rows` are padding."""
-        n = len(rows) if count is None else count
-        tokens, positions, types, labels = (np.zeros((n, length), np.int32) for _ in range(4))
-        segments, weights = np.full((n, length), PAD_SEGMENT, np.int32), np.zeros((n, length), np.float32)
-        for r, (i,) in enumerate(rows):
-            part = slice(self.offsets[i], self.offsets[i + 1])
-            size = part.stop - part.start
-            tags = self.tags[part]
-            tokens[r, :size], types[r, :size] = self.input_ids[part], self.types[part]
-            positions[r, :size], segments[r, :size] = np.arange(size), 0
-            labels[r, :size], weights[r, :size] = np.where(tags == IGNORED, 0, tags), tags != IGNORED
-        return TagBatch(tokens, positions, segments, types, labels, weights)
+        p = self.padded(rows, length, count)
+        told = p.real & (p.of(self.tags) != IGNORED)
+        labels, weights = np.where(told, p.of(self.tags), 0), told.astype(np.float32)
+        return TagBatch(p.of(self.input_ids), p.positions, p.segments, p.of(self.types), labels, weights)
 
 
 Pieces = tuple[Sequence[int], Sequence[int], Sequence[int]]
