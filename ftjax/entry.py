@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from ftjax import api
 from ftjax.config import Run
 from ftjax.configfile import load
+from ftjax.data.templates import resolve_template
 from ftjax.data.tokenizer import load_tokenizer
 from ftjax.errors import ConfigError
+from ftjax.evals.request import Evaluation, asks, requested
 from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
 from ftjax.options import FolderArgs, GenerateArgs
@@ -51,14 +54,31 @@ def _open(folder: Path, overrides: tuple[str, ...], console: Console) -> tuple[S
 
 
 def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
-    """Held-out numbers of a run's best (or last) checkpoint."""
+    """Held-out numbers of a run's best (or last) checkpoint; or another evaluation (``evals=NAME``) of what it exported."""
     console = Console()
+    if asks(overrides):
+        return _measure(folder, requested(overrides), console)
     setup, state, step = _open(folder, overrides, console)
     evaluator = Evaluator(setup, console.compiling)
     numbers = evaluator.held_out(state)
     answers, metrics = evaluator.answers(state)
     console.evaluation(step, numbers | metrics)
     console.samples([], answers)
+    return 0
+
+
+def _measure(folder: Path, evaluation: Evaluation, console: Console) -> int:
+    """Evaluates what a run exported, adapter unmerged; prints a table and leaves a JSON file in the run folder."""
+    model, params, tokenizer = _model_for(GenerateArgs(prompt="", run=folder))
+    named = load(folder / "config.json").data.chat_template
+    measured = evaluation.measure(
+        model, params, tokenizer, template=resolve_template(tokenizer, named) if named else ""
+    )
+    target = folder / "evals" / f"{evaluation.label}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(measured.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.note(measured.table)
+    console.where({"numbers": target})
     return 0
 
 

@@ -67,9 +67,13 @@ def _run_option(parser: argparse.ArgumentParser, *, required: bool = True) -> No
 
 
 def evaluating(parser: argparse.ArgumentParser) -> None:
-    """--run and overrides."""
-    _run_option(parser)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="fields to change, e.g. evaluate.examples=0")
+    """--run and overrides, or the fields of another evaluation."""
+    _run_option(parser, required=False)
+    parser.add_argument("--config", metavar="X", type=Path, help="the config.json of a run, instead of --run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c",
+        help="fields to change, e.g. evaluate.examples=0; or evals=NAME and its fields, e.g. evals=lm_eval tasks=arc_easy",
+    )  # fmt: skip
 
 
 def generating(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +113,19 @@ def copying(parser: argparse.ArgumentParser) -> None:
 
 def nothing(parser: argparse.ArgumentParser) -> None:
     """No options."""
+
+
+def evaluated_folder(args: argparse.Namespace) -> Path:
+    """The run folder that `eval` was asked for, by itself or by its config.json.
+
+    Raises:
+      ConfigError: neither or both are given, or it is no run folder.
+    """
+    if bool(args.run) == bool(args.config):
+        raise ConfigError("run.py eval: give one of --run DIR and --config DIR/config.json")
+    if args.config and args.config.name != "config.json":
+        raise ConfigError(f"--config {args.config}: only a run can be evaluated; expected its config.json")
+    return run_folder(args.run or args.config.parent)
 
 
 def generate_args(args: argparse.Namespace) -> GenerateArgs:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ftjax import options
 from ftjax.errors import ConfigError, DeviceError, FtjaxError, did_you_mean
-from ftjax.folders import configs, find_config, listed, run_folder, title_of
+from ftjax.folders import configs, find_config, listed, title_of
 from ftjax.parallel import xla_flags
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    folder = run_folder(args.run)
+    folder = options.evaluated_folder(args)
     return _entry().evaluate(folder, tuple(args.overrides))
 
 

@@ -72,7 +72,11 @@ def test_check_and_out(calls):
 
 def test_eval_passes_the_folder_and_overrides(calls):
     assert main(["eval", "--run", "runs/x", "evaluate.examples=0"]) == 0
-    assert calls == [("evaluate", Path("runs/x"), ("evaluate.examples=0",))]
+    assert main(["eval", "--config", "runs/x/config.json", "evals=lm_eval", "tasks=a,b"]) == 0
+    assert calls == [
+        ("evaluate", Path("runs/x"), ("evaluate.examples=0",)),
+        ("evaluate", Path("runs/x"), ("evals=lm_eval", "tasks=a,b")),
+    ]
 
 
 def test_generate(calls, monkeypatch):
@@ -140,7 +144,8 @@ def test_overview_names_every_verb(capsys):
             "run.py train: unrecognized arguments: --optim.lr=1. Overrides have",
         ),
         (["--config"], "run.py train: argument --config: expected one argument\nusage: run.py train"),
-        (["eval"], "run.py eval: the following arguments are required: --run"),
+        (["eval"], "run.py eval: give one of --run DIR and --config DIR/config.json"),
+        (["eval", "--config", "configs/x.py"], "--config configs/x.py: only a run can be evaluated"),
         (["eval", "--run", "runs/y"], "run 'runs/y' does not exist. Runs: runs/x"),
         (["eval", "--run", "configs"], "run 'configs' has no config.json, so it is not a run folder. Runs: runs/x"),
         (["generate", "--prompt", "a"], "generate: 1 problem\n  --run, --model  give one of them"),
