@@ -56,6 +56,22 @@ class Adapted:
         """The adapted product; the delta sees the bias, which IA3 scales and DoRA leaves out of its norm."""
         return self.delta.dot(x, self.base, bias, self.key)
 
+    def conv(self, x: jax.Array, *, stride: int, padding: int) -> jax.Array:
+        """The adapted convolution; of a delta that knows none, by its merged kernel."""
+        if hasattr(self.delta, "conv"):
+            return self.delta.conv(x, self.base, self.key, stride=stride, padding=padding)
+        return conv(x, self.materialize(), stride=stride, padding=padding)
+
+    def embed(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        """Adapted rows; of a delta that knows no lookup, of its merged table."""
+        if hasattr(self.delta, "embed"):
+            return self.delta.embed(ids, self.base, dtype)
+        return embed(ids, self.materialize(), dtype)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """The tied head: a delta of the lookup leaves it alone."""
+        return unembed(x, self.base if hasattr(self.delta, "embed") else self.materialize())
+
     def materialize(self) -> jax.Array:
         """Base and adapter folded into one kernel, computed in float32."""
         return self.delta.merge(materialize(self.base))
@@ -95,5 +111,7 @@ def unembed(x: jax.Array, w: Any) -> jax.Array:
 
 def embed(ids: jax.Array, w: Any, dtype: Any) -> jax.Array:
     """Rows of an embedding table [V, D] for ids [...]: [..., D]."""
+    if hasattr(w, "embed"):
+        return w.embed(ids, dtype)
     table = w.materialize() if hasattr(w, "materialize") else w
     return table[ids].astype(dtype)

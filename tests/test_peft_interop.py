@@ -328,8 +328,8 @@ def test_missing_extra_misshapen_in_one_table(tmp_path, params):
     assert (
         "layers.9.self_attn.q_proj.lora_A.weight [4, 32]  the model has no such module. Nearest: model.layers." in body
     )
-    assert "lora_embedding_A [4, 96]  adapters on embeddings and norms are not supported" in body
-    assert "ln_tuning_layers.weight [32]  adapters on embeddings and norms are not supported" in body
+    assert "extra      base_model.model.model.embed_tokens.lora_embedding_A [4, 96]" in body
+    assert "ln_tuning_layers.weight [32]  adapters of this kind on embeddings and norms are not supported" in body
 
 
 def test_another_family(tmp_path, params):

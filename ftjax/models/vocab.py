@@ -1,4 +1,4 @@
-"""More tokens than a model was trained with: new rows of the embedding and the head begin at the mean of the old ones.
+"""More tokens than a model was trained with; new rows of the embedding and the head begin at the mean of the old ones.
 
     model, params = resize_vocabulary(model, params, len(tokenizer))
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ftjax.errors import ConfigError
 from ftjax.models.base import Model
-from ftjax.ops import Weight
+from ftjax.ops import Adapted, Weight
 from ftjax.params import Store, join
 
 
@@ -50,6 +50,30 @@ def resize_vocabulary(model: Model, params: Store, size: int) -> tuple[Model, St
         want = larger.table[key].shape
         grown[key] = value if want == table[key].shape else _extended(value, want)
     return larger, grown
+
+
+def untie(model: Model, params: Store) -> tuple[Model, Store]:
+    """The same model with an output head of its own, which begins as the table of tokens.
+
+    Args:
+      model: whose head is the transpose of its embedding.
+      params: its weights, adapters in place or not; one on the lookup of the embedding stays there, and can be merged then.
+
+    Returns:
+      (model, params): logits are unchanged; saved, the folder says that the head is not tied.
+
+    Raises:
+      ConfigError: the head is no such one.
+    """
+    fields = {f.name for f in dc.fields(model.config)}
+    loose = model
+    if "tie_word_embeddings" in fields and model.config.tie_word_embeddings:
+        loose = dc.replace(model, config=dc.replace(model.config, tie_word_embeddings=False))
+    if set(loose.table) - set(model.table) != {"head/w"}:
+        raise ConfigError(f"the head {model.head.kind!r} of this {model.family} is not tied to the embedding")
+    held = params["embed/w"]
+    rows = held.base if isinstance(held, Adapted) else held
+    return loose, {**params, "head/w": jnp.array(rows.T)}
 
 
 def _extended(value: Any, shape: tuple[int, ...]) -> Any:

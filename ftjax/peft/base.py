@@ -17,7 +17,7 @@ import jax
 
 from ftjax.errors import ConfigError, nearest
 from ftjax.ops import Adapted, Weight
-from ftjax.params import Ranged, Store, Table, bounds, cut, layer_keys, ranged, unranged
+from ftjax.params import ParamSpec, Ranged, Store, Table, bounds, cut, layer_keys, ranged, unranged
 from ftjax.tree import Rules, matches
 
 FROZEN, CONST = "frozen", "const"
@@ -120,6 +120,11 @@ def merge(params: Mapping[str, Any], table: Table) -> Store:
       ConfigError: a tap (prefix, bottleneck, intervention) has no weight to be folded into.
     """
     base, overlay = unbind(params, table)
+    if is_tied(table) and hasattr(overlay.get("embed/w"), "embed"):
+        raise ConfigError(
+            "embed/w is the output head too, and its adapter is of the lookup alone: merged, it would change the head. "
+            "Give the head a weight of its own before (ftjax.models.vocab.untie), or keep the adapter"
+        )
     taps = [k for k in overlay if k not in base]
     if taps:
         raise ConfigError(f"{taps[0]} changes values, not a weight: this adapter cannot be merged")
@@ -138,6 +143,11 @@ def merge(params: Mapping[str, Any], table: Table) -> Store:
     return join(folded)
 
 
+def is_tied(table: Table) -> bool:
+    """Whether the table of tokens is the output head too."""
+    return "embed/w" in table and "head/w" not in table
+
+
 def _dtype(leaf: Any) -> Any:
     return getattr(leaf, "dtype", None) or jax.tree.leaves(leaf)[-1].dtype
 
@@ -145,27 +155,40 @@ def _dtype(leaf: Any) -> Any:
 # Targets ---------------------------------------------------------------------------------------------------------------
 
 
-def select(table: Table, targets: Sequence[str], *, where: str) -> list[str]:
-    """Store keys of the kernels that `targets` name.
+def select(table: Table, targets: Sequence[str], *, where: str, kinds: Sequence[str] = ("kernel",)) -> list[str]:
+    """Store keys of the weights of these kinds that `targets` name.
 
     A target is a module's name as the checkpoint has it (``q_proj``) or as the table has it (``q``), a pattern over either
-    (``*.mlp.*``, ``layers[0:4]/q/w``), or ``all-linear``: every kernel but the output head.
+    (``*.mlp.*``, ``layers[0:4]/q/w``), or ``all-linear``: every kernel but the output head; where there is no other, every
+    convolution.
 
     Raises:
       ConfigError: a target matches nothing; with the nearest names.
     """
-    kernels = {k: s for k, s in table.items() if s.kind == "kernel"}
+    kernels = {k: s for k, s in table.items() if s.kind in kinds and is_module(s)}
     chosen: set[str] = set()
     problems = []
     stacks = any(ranged(k) for k in kernels)
     for target in targets:
         hit = {k for k in kernels if _is_target(k, kernels[k].hf, target, stacks)}
+        if target == "all-linear":
+            plain = {k for k in hit if kernels[k].kind == "kernel"}
+            hit = plain or {k for k in hit if kernels[k].kind == "conv"}
         if not hit:
             problems.append(_no_target(where, target, kernels))
         chosen |= hit
     if problems:
         raise ConfigError("targets that match no weight", problems)
     return [k for k in table if k in chosen]
+
+
+def is_module(spec: ParamSpec) -> bool:
+    """Whether a weight belongs to a module of the file that one could put an adapter on.
+
+    The table of an embedding has rows that are looked up, unlike ViT's class token. T5's ``shared`` is no such module: its
+    encoder and decoder have lookups of their own, which torch ties to it and PEFT adapts one by one.
+    """
+    return spec.kind != "embed" or (len(spec.unstacked.shape) == 2 and spec.hf != "shared.weight")
 
 
 def _module_names(key: str, hf: str) -> tuple[str, str]:
@@ -176,7 +199,7 @@ def _module_names(key: str, hf: str) -> tuple[str, str]:
 def _is_target(key: str, hf: str, target: str, stacks: bool) -> bool:
     ours, theirs = _module_names(key, hf)
     if target == "all-linear":
-        return ranged(key) is not None if stacks else not key.startswith("head/")
+        return ranged(key) is not None if stacks else not key.startswith(("head/", "heads/"))
     if any(c in target for c in "*?/["):
         return any(matches(name, target) for name in (ours, theirs, key, unranged(key)))
     return ours.rsplit("/", 1)[-1] == target or theirs == target or theirs.endswith("." + target)

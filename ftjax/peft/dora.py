@@ -71,6 +71,8 @@ class DoRADelta:
 class DoRACodec(LoRACodec):
     """LoRA's files with ``use_dora`` and ``lora_magnitude_vector`` [out]."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("kernel",)
+
     def refuse(self, config: Mapping[str, Any]) -> list[str]:
         """See `Codec`."""
         absent = [] if config.get("use_dora") is True else ["use_dora  is not set"]
@@ -82,7 +84,8 @@ class DoRACodec(LoRACodec):
 
     def arrays(self, entry: Any) -> Tensors:
         """See `ModuleCodec`."""
-        return super().arrays(entry) | {"lora_magnitude_vector": np.asarray(entry.m)}
+        plain = LoRADelta(entry.a, entry.b, entry.scale)
+        return super().arrays(plain) | {"lora_magnitude_vector": np.asarray(entry.m)}
 
     def entry(self, config: Mapping[str, Any], module: Module, arrays: Tensors) -> Any:
         """See `ModuleCodec`."""
@@ -104,6 +107,7 @@ class DoRA(LoRA):
 
     identity_at_init: ClassVar[bool] = False
     hf_codec: ClassVar[DoRACodec] = DoRACodec()
+    kinds: ClassVar[tuple[str, ...]] = ("kernel",)
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
     start: Literal["uniform", "gaussian"] = Field("uniform", description="First values of A; B is 0.")  # type: ignore[assignment]

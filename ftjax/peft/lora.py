@@ -6,6 +6,8 @@ y = x W + b + s * drop(x) A B,   A [in, r], B [r, out],   s = alpha / r, or alph
 
 Where A and B begin as a part of W (``start="pissa"`` or ``"olora"``), that part A0 B0 is taken off again: y = x W + b +
 s (drop(x) A B - x A0 B0). The base stays as it is, and the result is a LoRA of rank 2 r over it.
+
+Convolutions and embeddings have updates of their own: `ftjax.peft.lora_layers`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ftjax.ops import dense
 from ftjax.params import ParamSpec, Store, Table, bounds, cut, ranged, spec_of, unranged
 from ftjax.peft.base import CONST, FROZEN, Overlay, select, subset
 from ftjax.peft.interop import Tensors, check_settings
+from ftjax.peft.lora_layers import LoRAConv, LoRAEmbed, dropout
 from ftjax.peft.lora_start import DRAWS, FROM_WEIGHT, from_weight
 from ftjax.peft.modules import Module, ModuleCodec, Targets, for_module
 from ftjax.registry import register
@@ -79,6 +82,27 @@ class LoRADelta:
             product = product - self.a0 @ self.b0
         return base + self.scale[..., None, None] * product
 
+    @staticmethod
+    def largest_rank(spec: ParamSpec) -> int:
+        """Beyond which the update gains nothing."""
+        return min(spec.unstacked.shape)
+
+    @staticmethod
+    def file_shapes(spec: ParamSpec, rank: int) -> dict[str, tuple[int, ...]]:
+        """Arrays of one layer in PEFT's file."""
+        inner, outer = spec.shape
+        return {"lora_A.weight": (rank, inner), "lora_B.weight": (outer, rank)}
+
+    def to_file(self) -> Tensors:
+        """One layer as the file has it."""
+        return {"lora_A.weight": np.asarray(self.a).T, "lora_B.weight": np.asarray(self.b).T}
+
+    @classmethod
+    def from_file(cls, arrays: Tensors, scale: jax.Array, rate: jax.Array | None) -> LoRADelta:
+        """The inverse of `to_file`."""
+        a, b = (jnp.asarray(arrays[f"lora_{x}.weight"].T) for x in "AB")
+        return cls(a, b, scale, rate)
+
     def plain(self) -> LoRADelta:
         """The same update as a pair alone: of twice the rank, [A A0] and [B; -B0], where there are two pairs."""
         if self.a0 is None or self.b0 is None:
@@ -109,17 +133,15 @@ def _up_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple
 
 up.defvjp(_up_forward, _up_backward)
 
-
-def dropout(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
-    """Inverted dropout with a traced rate: entries are kept with probability 1 - rate and scaled by 1 / (1 - rate)."""
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
+DELTAS: dict[str, type[Any]] = {"kernel": LoRADelta, "conv": LoRAConv, "embed": LoRAEmbed}
+"""The update by kind of weight."""
 
 
 class LoRACodec(ModuleCodec):
-    """LoRA in PEFT's format: ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] per module."""
+    """LoRA in PEFT's format: two arrays per module, ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] if linear."""
 
     peft_type = "LORA"
+    kinds: ClassVar[tuple[str, ...]] = tuple(DELTAS)
 
     _READ = (
         "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
@@ -154,28 +176,27 @@ class LoRACodec(ModuleCodec):
 
     def shapes(self, config: Mapping[str, Any], module: Module) -> dict[str, tuple[int, ...]]:
         """See `ModuleCodec`."""
-        (inner, outer), rank = module.spec.shape, self._rank(config, module.name)
-        return {"lora_A.weight": (rank, inner), "lora_B.weight": (outer, rank)}
+        return DELTAS[module.spec.kind].file_shapes(module.spec, self._rank(config, module.name))
 
     def encode(self, overlay: Overlay, table: Table, method: Any) -> tuple[dict[str, Any], Tensors]:
         """See `Codec`; two pairs are written as one."""
         overlay = {k: d.plain() if isinstance(d, LoRADelta) else d for k, d in overlay.items()}
         return super().encode(overlay, table, method)
 
-    def arrays(self, entry: LoRADelta) -> Tensors:
+    def arrays(self, entry: Any) -> Tensors:
         """See `ModuleCodec`."""
-        return {"lora_A.weight": np.asarray(entry.a).T, "lora_B.weight": np.asarray(entry.b).T}
+        return entry.to_file()
 
-    def entry(self, config: Mapping[str, Any], module: Module, arrays: Tensors) -> LoRADelta:
+    def entry(self, config: Mapping[str, Any], module: Module, arrays: Tensors) -> Any:
         """See `ModuleCodec`."""
         rank = self._rank(config, module.name)
         alpha = for_module(module.name, config.get("alpha_pattern"), config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         rate = config.get("lora_dropout") or None
-        a, b = (jnp.asarray(arrays[f"lora_{x}.weight"].T) for x in "AB")
-        return LoRADelta(a, b, jnp.float32(scale), None if rate is None else jnp.float32(rate))
+        fixed = jnp.float32(scale), None if rate is None else jnp.float32(rate)
+        return DELTAS[module.spec.kind].from_file(arrays, *fixed)
 
-    def settings(self, method: LoRA, entries: Mapping[str, LoRADelta]) -> dict[str, Any]:
+    def settings(self, method: LoRA, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Ranks and scales are the overlay's own: a sweep may have varied them, or padded the ranks with zeros."""
         ranks = {name: entry.a.shape[-1] for name, entry in entries.items()}
         alphas = {
@@ -183,7 +204,7 @@ class LoRACodec(ModuleCodec):
             for name, entry in entries.items()
         }
         r, alpha = _usual(ranks.values(), method.rank), _usual(alphas.values(), method.alpha)
-        rate = next(iter(entries.values())).rate
+        rate = next((x for e in entries.values() if (x := getattr(e, "rate", None)) is not None), None)
         return {
             "r": r,
             "lora_alpha": alpha,
@@ -231,13 +252,17 @@ class LoRA(Component):
     hf_type: ClassVar[str | None] = "LORA"
     usual_lr: ClassVar[tuple[float, float]] = (5e-5, 2e-2)
     hf_codec: ClassVar[LoRACodec] = LoRACodec()
+    kinds: ClassVar[tuple[str, ...]] = tuple(DELTAS)
+    """Of weights that can be targets."""
 
     name: Literal["lora"] = "lora"
     rank: int = Field(8, gt=0, description="Rank r of the update.")
     alpha: float = Field(16.0, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate on the input of A.")
     targets: tuple[str, ...] = Field(
-        ("all-linear",), min_length=1, description="Weights by name (q_proj or q), pattern, or all-linear."
+        ("all-linear",),
+        min_length=1,
+        description="Weights by name (q_proj or q), pattern, or all-linear (where there are none, all convolutions).",
     )
     layers: tuple[int, ...] = Field((), description="Only these layers, counted from 0; empty: all.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
@@ -276,26 +301,35 @@ class LoRA(Component):
         Raises:
           ConfigError: a layer, a name or a rank that the model does not have.
         """
-        beyond = [i for i in self.layers if not 0 <= i < max(r.stop for k in table if (r := ranged(k)))]
+        beyond = [i for i in self.layers if not 0 <= i < max((r.stop for k in table if (r := ranged(k))), default=0)]
         if beyond:
             raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
-        chosen = select(table, self.targets, where="peft.targets")
+        chosen = select(table, self.targets, where="peft.targets", kinds=self.kinds)
+        self._check_kinds(table, chosen)
         ranks = self._own(table, chosen, "ranks", self.rank)
         alphas = self._own(table, chosen, "alphas", self.alpha)
         sizes: dict[str, tuple[int, float]] = {}
         for key in chosen:
-            rank, smallest = ranks[key], min(table[key].unstacked.shape)
+            rank, smallest = ranks[key], DELTAS[table[key].kind].largest_rank(table[key])
             if rank > smallest:
                 raise ConfigError(f"peft.rank={rank} exceeds {smallest}, the smaller side of {unranged(key)}")
             scale = alphas[key] / (math.sqrt(rank) if self.rslora else rank)
             sizes |= dict.fromkeys(subset(key, self.layers), (rank, scale))
         return sizes
 
+    def _check_kinds(self, table: Table, chosen: list[str]) -> None:
+        """Refuses settings that a chosen convolution or embedding has no use for."""
+        other = {table[k].kind: k for k in chosen if table[k].kind != "kernel"}
+        if other and self.start in FROM_WEIGHT:
+            raise ConfigError(f"peft.start={self.start!r} is for matrices, which {next(iter(other.values()))} is not")
+        if "embed" in other and not self.train_a:
+            raise ConfigError(f"peft.train_a=False: A of {other['embed']} begins at zero and B would learn nothing")
+
     def _own(self, table: Table, chosen: list[str], field: str, usual: Any) -> dict[str, Any]:
         """The numbers of one field by target; those that no pair names have the usual one."""
         found: dict[str, Any] = {}
         for name, number in getattr(self, field):
-            hit = [key for key in select(table, (name,), where=f"peft.{field}") if key in chosen]
+            hit = [key for key in select(table, (name,), where=f"peft.{field}", kinds=self.kinds) if key in chosen]
             if not hit:
                 raise ConfigError(f"peft.{field}: {name!r} is not among the targets")
             found = dict.fromkeys(hit, number) | found
@@ -303,7 +337,8 @@ class LoRA(Component):
 
     def labels(self, table: Table) -> Rules:
         """A and B are groups of their own, so that they can learn at different rates (LoRA+)."""
-        still = ["scale"] + (["rate"] if self.dropout else []) + (["a0", "b0"] if self.start in FROM_WEIGHT else [])
+        dropped = self.dropout and any(spec_of(table, k).kind != "embed" for k in self.keys(table))
+        still = ["scale"] + (["rate"] if dropped else []) + (["a0", "b0"] if self.start in FROM_WEIGHT else [])
         const = [(f"overlay/*/{leaf}", CONST) for leaf in still]
         a = "lora_a" if self.train_a else CONST
         return [("overlay/*/a", a), ("overlay/*/b", "lora_b"), *const, ("base/*", FROZEN)]
@@ -314,13 +349,15 @@ class LoRA(Component):
         parts = cut(params, bounds(sizes)) if self.start in FROM_WEIGHT else {}
         return {k: self.delta(key, k, spec_of(table, k), *size, parts.get(k)) for k, size in sizes.items()}
 
-    def delta(self, key: jax.Array, path: str, spec: ParamSpec, rank: int, scale: float, base: Any) -> LoRADelta:
+    def delta(self, key: jax.Array, path: str, spec: ParamSpec, rank: int, scale: float, base: Any) -> Any:
         """The update of one weight at step 0."""
         lead = spec.shape[:1] if spec.stacked else ()
         fixed = jnp.full(lead, scale, jnp.float32), jnp.full(lead, self.dropout, jnp.float32) if self.dropout else None
         if self.start in FROM_WEIGHT:
             a, b = from_weight(self.start, base, rank, scale, stacked=spec.stacked)
             return LoRADelta(a, b, *fixed, jnp.copy(a), jnp.copy(b))
+        if spec.kind != "kernel":
+            return DELTAS[spec.kind].begin(key, path, spec, rank, *fixed, DRAWS[self.start])
         b = jnp.zeros((*lead, rank, spec.shape[-1]), jnp.float32)
         return LoRADelta(DRAWS[self.start](key, path, spec, rank), b, *fixed)
 

@@ -21,7 +21,7 @@ from ftjax.ops import materialize
 from ftjax.params import ParamSpec, key_of, ranged, unranged
 
 
-def _by_column(
+def by_column(
     key: jax.Array, path: str, spec: ParamSpec, rank: int, column: Callable[[jax.Array, int], jax.Array]
 ) -> jax.Array:
     """A from one draw of [in] numbers per column: [(layers,) in, rank].
@@ -46,12 +46,12 @@ def uniform(key: jax.Array, path: str, spec: ParamSpec, rank: int) -> jax.Array:
     def column(k: jax.Array, n: int) -> jax.Array:
         return jax.random.uniform(k, (n,), jnp.float32, -1 / math.sqrt(n), 1 / math.sqrt(n))
 
-    return _by_column(key, path, spec, rank, column)
+    return by_column(key, path, spec, rank, column)
 
 
 def gaussian(key: jax.Array, path: str, spec: ParamSpec, rank: int) -> jax.Array:
     """Normal with standard deviation 1 / r, as PEFT's "gaussian"."""
-    return _by_column(key, path, spec, rank, lambda k, n: jax.random.normal(k, (n,), jnp.float32) / rank)
+    return by_column(key, path, spec, rank, lambda k, n: jax.random.normal(k, (n,), jnp.float32) / rank)
 
 
 def pissa(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:

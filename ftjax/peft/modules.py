@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 
 from ftjax.errors import DataError, listing, nearest
 from ftjax.params import ParamSpec, Ranged, Store, Table, ranged
-from ftjax.peft.base import Overlay
+from ftjax.peft.base import Overlay, is_module
 from ftjax.peft.interop import CONFIG_FILE, PREFIX, Codec, Tensors
 
 
@@ -33,11 +33,11 @@ class Module:
     spec: ParamSpec
 
 
-def modules_of(table: Table) -> dict[str, Module]:
-    """Every module with a kernel, by its dotted name."""
+def modules_of(table: Table, kinds: Sequence[str] = ("kernel",)) -> dict[str, Module]:
+    """Every module with a weight of these kinds, by its dotted name."""
     found = {}
     for key, spec in table.items():
-        if spec.kind != "kernel":
+        if spec.kind not in kinds or not is_module(spec):
             continue
         r = ranged(key)
         for layer in range(r.start, r.stop) if r else (None,):
@@ -57,7 +57,8 @@ def per_module(overlay: Overlay, table: Table) -> dict[str, tuple[Module, Any]]:
             continue
         for layer in range(r.start, r.stop):
             found[whole[r.stack, r.rest], layer] = jax.tree.map(lambda x, i=layer - r.start: x[i], entry)
-    return {m.name: (m, found[m.key, m.layer]) for m in modules_of(table).values() if (m.key, m.layer) in found}
+    modules = modules_of(table, ("kernel", "conv", "embed")).values()
+    return {m.name: (m, found[m.key, m.layer]) for m in modules if (m.key, m.layer) in found}
 
 
 def stacked(entries: Mapping[str, tuple[Module, Any]]) -> Overlay:
@@ -147,7 +148,7 @@ def _hit(targets: str | list[str], name: str, everything: Mapping[str, Module]) 
     if not isinstance(targets, str):
         return any(name == t or name.endswith("." + t) for t in targets)
     if targets.lower() == "all-linear":
-        return everything[name].layer is not None
+        return everything[name].layer is not None and everything[name].spec.kind == "kernel"
     return re.fullmatch(targets, name) is not None
 
 
@@ -178,6 +179,9 @@ def for_module(name: str, patterns: Mapping[str, Any] | None, default: Any) -> A
 class ModuleCodec(Codec):
     """A method that stores a few arrays per adapted module. Subclasses say which, one layer at a time."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("kernel",)
+    """Of weights that the method can sit on."""
+
     def shapes(self, config: Mapping[str, Any], module: Module) -> dict[str, tuple[int, ...]]:
         """Names below the module (``lora_A.weight``) and the shapes they have in the file."""
         raise NotImplementedError
@@ -200,24 +204,25 @@ class ModuleCodec(Codec):
 
     def encode(self, overlay: Overlay, table: Table, method: Any) -> tuple[dict[str, Any], Tensors]:
         """See `Codec`."""
-        everything, entries = modules_of(table), per_module(overlay, table)
+        everything, entries = modules_of(table, self.kinds), per_module(overlay, table)
         targets = targets_of({name: module for name, (module, _) in entries.items()}, everything)
         tensors = {f"{PREFIX}{name}.{k}": v for name, (_, x) in entries.items() for k, v in self.arrays(x).items()}
         settings = self.settings(method, {name: entry for name, (_, entry) in entries.items()})
         # GPT-2's Conv1D holds [in, out] as we do; PEFT wants to be told.
-        straight = all(not module.spec.transposed for module, _ in entries.values())
+        linear = [module for module, _ in entries.values() if module.spec.kind == "kernel"]
+        straight = bool(linear) and all(not module.spec.transposed for module in linear)
         return {**settings, **targets.config, "fan_in_fan_out": straight}, tensors
 
     def decode(self, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store) -> tuple[Any, Overlay]:
         """See `Codec`."""
-        everything = modules_of(table)
+        everything = modules_of(table, self.kinds)
         chosen = selected(config, everything)
         want = {
             f"{PREFIX}{name}.{part}": shape
             for name in chosen
             for part, shape in self.shapes(config, everything[name]).items()
         }
-        problems = list(_misfits(tensors, want, table, params))
+        problems = list(_misfits(tensors, want, table, params, everything))
         if not chosen:
             problems.insert(0, f"target_modules={config['target_modules']!r}  no module of the model is called so")
         if problems:
@@ -230,14 +235,19 @@ class ModuleCodec(Codec):
         return self.method(config, targets_of({n: everything[n] for n in chosen}, everything)), stacked(entries)
 
 
-def _misfits(tensors: Tensors, want: Mapping[str, tuple[int, ...]], table: Table, params: Store) -> Iterator[str]:
+def _misfits(
+    tensors: Tensors,
+    want: Mapping[str, tuple[int, ...]],
+    table: Table,
+    params: Store,
+    everything: Mapping[str, Module],
+) -> Iterator[str]:
     """One line per tensor that is missing, extra or misshapen; a module that the model lacks comes with near names."""
     for name, shape in want.items():
         if name not in tensors:
             yield f"missing    {name} {list(shape)}"
         elif tensors[name].shape != shape:
             yield f"misshapen  {name} {list(tensors[name].shape)}, expected {list(shape)}"
-    kernels = modules_of(table)
     others = {spec.hf.removesuffix(".weight") for spec in table.values() if spec.kind in ("embed", "norm")}
     for name in sorted(set(tensors) - set(want)):
         own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -247,10 +257,10 @@ def _misfits(tensors: Tensors, want: Mapping[str, tuple[int, ...]], table: Table
             if _equals_base(tensors[name], copy, table, params):
                 continue
             hint = "  a weight of the base, with other values than here: a resized vocabulary or trained module"
-        elif re.sub(r"\.\d+\.", ".{}.", place) in others:
-            hint = "  adapters on embeddings and norms are not supported"
-        elif place not in kernels:
-            hint = f"  the model has no such module. Nearest: {', '.join(nearest(place, kernels)) or 'none'}"
+        elif place not in everything and re.sub(r"\.\d+\.", ".{}.", place) in others:
+            hint = "  adapters of this kind on embeddings and norms are not supported"
+        elif place not in everything:
+            hint = f"  the model has no such module. Nearest: {', '.join(nearest(place, everything)) or 'none'}"
         yield f"extra      {name} {list(tensors[name].shape)}{hint}"
 
 
