@@ -25,6 +25,7 @@ PACKAGES = {
     "regime": "ftjax.regimes",
     "eval": "ftjax.evals",
     "quant": "ftjax.quant",
+    "weighting": "ftjax.objectives",
 }
 
 _tables: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}

@@ -89,6 +89,10 @@ class RowSource:
         rows = self.plan.fill(permutation(len(self.examples), self.seed, epoch, 0))
         return [rows[i] for i in permutation(len(rows), self.seed, epoch, 1)]
 
+    def empty(self) -> Any:
+        """One micro-batch over all hosts that is all padding."""
+        return self.examples.build([], self.length, count=self.batch // self.accumulate)
+
     def row(self, index: int) -> np.ndarray:
         """The examples in row `index` of the run."""
         epoch, place = divmod(index, self.plan.rows)

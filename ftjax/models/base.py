@@ -95,6 +95,10 @@ class Output:
         """float32 [B, T, V], or [B, labels] of a pooled head."""
         return self.head(self.hidden).astype(jnp.float32)
 
+    def at(self, columns: jax.Array) -> Output:
+        """The same at some places only, [B, K] of T: their logits alone are computed."""
+        return dc.replace(self, hidden=jnp.take_along_axis(self.hidden, columns[..., None], axis=1))
+
     def nll(self, targets: jax.Array, *, smoothing: jax.Array | float = 0.0) -> Any:
         """Negative log-likelihood of target ids [B, T] at each place, without holding all logits."""
         return token_nll(self.head, self.hidden, targets, smoothing=smoothing, chunk=self.chunk)
@@ -160,6 +164,10 @@ class Model:
     ) -> Output:
         """Runs the model on a batch; see the subclass for the inputs."""
         raise NotImplementedError
+
+    def view(self, task: str, params: Store) -> tuple[Model, Store]:
+        """The model and parameters of one of several tasks (see `ftjax.models.several`); with one head, the same for all."""
+        return self, params
 
     def constants(self) -> dict[str, np.ndarray]:
         """Tensors that a file has beside the parameters, by name; they carry nothing, but readers miss them."""

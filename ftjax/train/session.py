@@ -21,10 +21,11 @@ from ftjax.evals.text import scores
 from ftjax.generate.api import completion, continued, generate_ids
 from ftjax.generate.sampling import Sampling
 from ftjax.models import hf
+from ftjax.models.several import views
 from ftjax.peft.base import bind, merge
 from ftjax.peft.interop import TASK_TYPES, save_adapter
 from ftjax.quant.base import unpack_store
-from ftjax.train.setup import Setup, compile_eval
+from ftjax.train.setup import Setup, View, compile_eval
 from ftjax.train.state import State
 
 
@@ -37,9 +38,9 @@ class Answer:
     reference: str
 
 
-def held_out_examples(setup: Setup) -> Any:
-    """The held-out examples that are used: all, or the same `evaluate.examples` every time."""
-    examples, limit = setup.data.eval, setup.run.evaluate.examples
+def held_out_examples(setup: Setup, view: View | None = None) -> Any:
+    """The held-out examples that are used (of a task): all, or the same `evaluate.examples` every time."""
+    examples, limit = (view or setup.views[0]).prepared.eval, setup.run.evaluate.examples
     if limit and limit < len(examples):
         return examples.take(np.sort(permutation(len(examples), 0)[:limit]))
     return examples
@@ -56,58 +57,79 @@ class Evaluator:
 
     setup: Setup
     compiling: Callable[[str], Any]
-    _step: Any = None
+    _steps: dict[str, Any] = dc.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """Rows per evaluation batch: as many as a micro-batch."""
         return self.setup.run.train.batch // self.setup.run.train.accumulate
 
-    def compile(self) -> Any:
-        """Compiles the evaluation step, once."""
-        with self.compiling("evaluation"):
-            self._step = compile_eval(self.setup, self.rows)
-        return self._step
+    def compile(self, view: View) -> Any:
+        """Compiles the evaluation step of a task, once."""
+        with self.compiling(" ".join(filter(None, ("evaluation", view.name)))):
+            self._steps[view.name] = compile_eval(self.setup, self.rows, view)
+        return self._steps[view.name]
 
     def held_out(self, state: State) -> dict[str, float]:
-        """Loss, perplexity and metrics over the held-out examples; empty when there are none."""
-        examples = held_out_examples(self.setup)
+        """Loss, perplexity and metrics over the held-out examples; empty when there are none.
+
+        Of several tasks each has its own under its name; "loss" is that of the trained ones, by weight and share.
+        """
+        found, whole = {}, 0.0
+        views = self.setup.views
+        factors = {t.name: t.factor for t in getattr(self.setup.run.objective, "trained", ())}
+        for view in views:
+            numbers = self._measure(state, view)
+            found |= {f"{view.prefix}{k}": v for k, v in numbers.items()}
+            whole += factors.get(view.name, 0.0) * numbers.get("loss", math.nan) if view.name in factors else 0.0
+        return found | ({"loss": whole} if factors and math.isfinite(whole) else {})
+
+    def _measure(self, state: State, view: View) -> dict[str, float]:
+        """Loss and metrics of one task's held-out examples."""
+        examples, objective = held_out_examples(self.setup, view), view.objective
         if not len(examples):
             return {}
-        step = self._step or self.compile()
+        step = self._steps.get(view.name) or self.compile(view)
         s, total = self.setup, None
-        packing = s.run.loader.packing if layout_of(s.run.objective).packs else "none"
+        packing = s.run.loader.packing if layout_of(objective).packs else "none"
         rows: list[dict[str, np.ndarray]] = []
-        for batch in eval_batches(examples, self.rows, s.batches.length, packing=packing):
-            placed = jax.device_put(batch, s.placement.batch(0))
+        for batch in eval_batches(examples, self.rows, view.length, packing=packing):
+            placed = jax.device_put(view.batch(batch), s.placement.batch(0))
             out = step(state, s.frozen, placed)
-            rows.append(jax.device_get(out.pop("rows")))
+            rows.append(_plain(jax.device_get(out.pop("rows")), view.prefix))
             total = out if total is None else jax.tree.map(jnp.add, total, out)
-        numbers = _summary(
-            jax.device_get(total), {k: float(v) for k, v in s.run.objective.coefficients().items()}, tokens=s.has_tokens
-        )
+        host = {k: _plain(v, view.prefix) for k, v in jax.device_get(total).items()}
+        coef = {k: float(v) for k, v in objective.coefficients().items()}
+        numbers = _summary(host, coef, tokens="nll" in coef)
         together = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
         # some metrics need what a batch has no room for: names of classes, texts
-        examine = getattr(s.run.objective, "examine", None)
-        return numbers | (examine(together, examples) if examine else s.run.objective.summary(together))
+        examine = getattr(objective, "examine", None)
+        return numbers | (examine(together, examples) if examine else objective.summary(together))
 
     def answers(self, state: State) -> tuple[list[Answer], dict[str, float]]:
-        """Answers to the fixed held-out prompts, and the task's metrics over them."""
+        """Answers to the fixed held-out prompts of every task that speaks, and the tasks' metrics over them."""
+        each = {v.prefix: self._answers(state, v) for v in self.setup.views}
+        metrics = {f"{p}{k}": x for p, (_, found) in each.items() for k, x in found.items()}
+        return [a for said, _ in each.values() for a in said], metrics
+
+    def _answers(self, state: State, view: View) -> tuple[list[Answer], dict[str, float]]:
         s, e = self.setup, self.setup.run.evaluate
-        wanted = max(e.generate, e.metric_examples if s.run.data.metrics else 0)
-        speaks = s.model.head.kind in ("causal_lm", "seq2seq_lm")
-        prompts: list[Prompt] = s.run.data.prompts(wanted) if wanted and speaks else []
+        wanted = max(e.generate, e.metric_examples if view.task.metrics else 0)
+        model: Any
+        model, params = s.model.view(view.name, self.policy(state))
+        speaks = model.head.kind in ("causal_lm", "seq2seq_lm")
+        prompts: list[Prompt] = view.task.prompts(wanted) if wanted and speaks else []
         if not prompts:
             return [], {}
-        ids = [encode_prompt(p.prompt, s.tokenizer, s.data.template, end=s.model.reads_apart) for p in prompts]
-        size = s.model.context
+        ids = [encode_prompt(p.prompt, s.tokenizer, view.prepared.template, end=model.reads_apart) for p in prompts]
+        size = model.context
         kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if size is None or len(i) <= size - e.max_new_tokens]
         sampling = Sampling(max_new_tokens=e.max_new_tokens)
-        tokens = generate_ids(s.model, self.policy(state), s.tokenizer, [i for _, i in kept], sampling)
-        texts = [completion(s.tokenizer, continued(s.model, i), t) for (_, i), t in zip(kept, tokens, strict=True)]
+        tokens = generate_ids(model, params, s.tokenizer, [i for _, i in kept], sampling)
+        texts = [completion(s.tokenizer, continued(model, i), t) for (_, i), t in zip(kept, tokens, strict=True)]
         found = [Answer(shown(p.prompt), t, p.reference) for (p, _), t in zip(kept, texts, strict=True)]
         measured = found[: e.metric_examples]
-        values = scores(s.run.data.metrics, [a.completion for a in measured], [a.reference for a in measured])
+        values = scores(view.task.metrics, [a.completion for a in measured], [a.reference for a in measured])
         return found[: e.generate], values
 
     def policy(self, state: State) -> params.Store:
@@ -119,6 +141,11 @@ class Evaluator:
 def shown(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as text, conversations turn by turn."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _plain(found: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Metrics by the names that the task's own objective has for them."""
+    return {k.removeprefix(prefix): v for k, v in found.items()}
 
 
 def _summary(host: Any, coef: dict[str, float], *, tokens: bool) -> dict[str, float]:
@@ -135,6 +162,8 @@ def _summary(host: Any, coef: dict[str, float], *, tokens: bool) -> dict[str, fl
 def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
     """Writes what was trained: the adapter as a PEFT folder, or the whole model when the base itself was trained.
 
+    Of several tasks each has a folder of its own, with its head, that opens by itself as that of a run with one task.
+
     Args:
       setup: the run.
       state: what to export.
@@ -146,22 +175,25 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
     if setup.adapted:
         target = folder / "adapter"
         trained = {k: store["base"][k] for k, v in setup.state.trainable["base"].items() if jax.tree.leaves(v)}
-        save_adapter(
-            target, params.join(store["overlay"]), setup.model.table, run.peft, base_path=run.model.label, card=card,
-            task_type=TASK_TYPES.get(setup.model.head.kind), saved=params.join(trained),
-        )  # fmt: skip
+        for name, (model, saved) in views(setup.model, trained).items():
+            save_adapter(
+                target / name, params.join(store["overlay"]), model.table, run.peft, base_path=run.model.label,
+                card=card, task_type=TASK_TYPES.get(model.head.kind), saved=params.join(saved),
+            )  # fmt: skip
         return target
     return write_model(setup, params.join(unpack_store(store["base"])), folder / "model", card=card)
 
 
 def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str) -> Path:
-    """Writes a plain model folder with tokenizer and card."""
+    """Writes a plain model folder with tokenizer and card; of several tasks one for each."""
     dtype = jnp.dtype(setup.run.model.dtype)
     beside = getattr(setup.run.model, "folder", None) if setup.tokenizer is None else None  # how images are normalised
-    hf.save(setup.model, {k: np.asarray(v).astype(dtype) for k, v in store.items()}, folder, tokenizer_from=beside)
-    if setup.tokenizer is not None:
-        setup.tokenizer.save_pretrained(str(folder))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    for name, (model, seen) in views(setup.model, store).items():
+        to = folder / name
+        hf.save(model, {k: np.asarray(v).astype(dtype) for k, v in seen.items()}, to, tokenizer_from=beside)
+        if setup.tokenizer is not None:
+            setup.tokenizer.save_pretrained(str(to))
+        (to / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 

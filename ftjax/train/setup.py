@@ -23,9 +23,11 @@ from ftjax.data.layouts import layout_of
 from ftjax.data.pipeline import Batches, row_length
 from ftjax.data.prepare import Prepared
 from ftjax.data.prepare import prepare as prepare_data
+from ftjax.data.together import PreparedTasks, TaskBatch, TaskBatches, loader_for, prepare_tasks
 from ftjax.data.tokenizer import check_vocab, load_tokenizer
 from ftjax.errors import ConfigError
 from ftjax.models.base import Numerics
+from ftjax.models.several import TaskHead, load_several
 from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay, cut_for, with_head
@@ -33,6 +35,34 @@ from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
 from ftjax.train.teacher import load_teacher
+
+
+@dc.dataclass(frozen=True)
+class View:
+    """What one task's evaluation needs.
+
+    Attributes:
+      name: of the task; empty when the run has only one.
+      objective: its loss.
+      task: its data set.
+      prepared: its examples.
+      length: T.
+    """
+
+    name: str
+    objective: Any
+    task: Any
+    prepared: Prepared
+    length: int
+
+    @property
+    def prefix(self) -> str:
+        """What its metrics begin with."""
+        return f"{self.name}/" if self.name else ""
+
+    def batch(self, part: Any) -> Any:
+        """Its batch as the program takes it."""
+        return TaskBatch({self.name: part}) if self.name else part
 
 
 @dc.dataclass(frozen=True)
@@ -77,6 +107,15 @@ class Setup:
         """Whether the loss is one of predicting tokens, whose exponential is a perplexity."""
         return "nll" in self.run.objective.coefficients()
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What is evaluated: the run's data, or those of each task, also of tasks that are not trained."""
+        o, d = self.run.objective, self.data
+        if not isinstance(d, PreparedTasks):
+            return (View("", o, self.run.data, d, self.batches.length),)
+        lengths = self.batches.lengths  # pyright: ignore[reportAttributeAccessIssue]
+        return tuple(View(t.name, t.objective, t.data, d.parts[t.name], lengths[t.name]) for t in o.tasks)
+
     def store(self, state: State) -> dict[str, Any]:
         """The whole store with the trained leaves of `state`."""
         return whole(state, self.frozen.store, state.mutable)
@@ -119,24 +158,21 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     use_cache(run.compute)
     mesh = make_mesh(run.mesh, jax.devices())
     check_batch(mesh, run.train.batch, run.train.accumulate)
-    layout = layout_of(run.objective)
-    tokenizer = tokenizer_of(run, run.folder) if layout.tokens else None
-    data = prepare_data(
-        run.data, run.loader, tokenizer, seed=run.seed, layout=layout,
-        options=getattr(run.objective, "data_options", dict)(),
-    )  # fmt: skip
-    loader = run.loader if layout.packs else run.loader.model_copy(update={"packing": "none"})
-    batches = Batches(
-        data.train, loader=loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
-        length=row_length(loader, data.train, data.eval),
-        fingerprint=data.fingerprint, shard=(jax.process_index(), jax.process_count()),
-    )  # fmt: skip
+    several = hasattr(run.objective, "tasks")
+    tokens = any(layout_of(t.objective).tokens for t in (run.objective.tasks if several else (run,)))
+    tokenizer = tokenizer_of(run, run.folder) if tokens else None
+    data: Any
+    model: Any  # a family's, or several heads on one
+    run, data, batches = (read_tasks if several else read_data)(run, tokenizer, mesh)
     say("loading the model")
     notes: list[str] = []
-    model, base = run.model.load(
-        numerics(run.compute), seed=run.seed, vocab=len(tokenizer) if tokenizer else 0,
-        head=run.objective.head(data.labels, data.problem), say=notes.append,
-    )  # fmt: skip
+    vocab = len(tokenizer) if tokenizer else 0
+    loading: Any = dict(seed=run.seed, vocab=vocab, say=notes.append)
+    if several:
+        model, base = load_several(run.model, numerics(run.compute), task_heads(run.objective, data), **loading)
+    else:
+        head = run.objective.head(data.labels, data.problem)
+        model, base = run.model.load(numerics(run.compute), head=head, **loading)
     teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
@@ -154,6 +190,42 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
         run, tokenizer, data, batches, model, parts, program, placement,
         jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings,
     )  # fmt: skip
+
+
+def read_data(run: config.Run, tokenizer: Any, mesh: Any) -> tuple[config.Run, Prepared, Batches]:
+    """The run's one data set and its batches."""
+    layout = layout_of(run.objective)
+    data = prepare_data(
+        run.data, run.loader, tokenizer, seed=run.seed, layout=layout,
+        options=getattr(run.objective, "data_options", dict)(),
+    )  # fmt: skip
+    loader = loader_for(run.loader, run.objective)
+    batches = Batches(
+        data.train, loader=loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
+        length=row_length(loader, data.train, data.eval),
+        fingerprint=data.fingerprint, shard=(jax.process_index(), jax.process_count()),
+    )  # fmt: skip
+    return run, data, batches
+
+
+def read_tasks(run: config.Run, tokenizer: Any, mesh: Any) -> tuple[config.Run, PreparedTasks, TaskBatches]:
+    """The data of several tasks, their batches, and the run with each task's exact share of the mixture."""
+    tasks = run.objective.tasks
+    data = prepare_tasks(tasks, run.data, run.loader, tokenizer, seed=run.seed)
+    batches = TaskBatches(
+        data, {t.name: t.objective for t in tasks}, loader=run.loader, batch=run.train.batch,
+        accumulate=run.train.accumulate, seed=run.seed, ways=mesh.shape["data"] * mesh.shape["fsdp"],
+        shard=(jax.process_index(), jax.process_count()),
+    )  # fmt: skip
+    shared = tuple(t.model_copy(update={"share": data.shares.get(t.name, t.share)}) for t in tasks)
+    objective = run.objective.model_copy(update={"tasks": shared})
+    return run.model_copy(update={"objective": objective}), data, batches
+
+
+def task_heads(objective: Any, data: PreparedTasks) -> tuple[TaskHead, ...]:
+    """The head of every task, by its labels."""
+    made = [(t, t.objective.head(data.parts[t.name].labels, data.parts[t.name].problem)) for t in objective.tasks]
+    return tuple(TaskHead(t.name, spec, t.head or t.name) for t, spec in made)
 
 
 def check_places(model: Any, overlay: Overlay, *parts: Any) -> None:
@@ -183,6 +255,7 @@ def assemble(
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
     rng = params.key_of(jax.random.key(run.seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
+    state = dc.replace(state, weighting=getattr(run.objective, "start", dict)())
     # A real copy for the reference: it may not share buffers with what the step is given to consume.
     past = (parts.trainable, parts.mutable) if run.objective.needs_reference else (None, None)
     frozen = Frozen(parts.frozen, *jax.tree.map(jnp.copy, past), teacher=known)
@@ -195,14 +268,8 @@ def assemble(
 def abstract_batch(setup: Setup) -> Any:
     """Shapes of one step's batch, [M, B, ...] leaves."""
     M = setup.run.train.accumulate
-    one = _abstract(setup, setup.run.train.batch // M)
+    one = setup.batches.source.empty()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((M, *x.shape), x.dtype), one)
-
-
-def _abstract(setup: Setup, rows: int) -> Any:
-    """Shapes of a batch of `rows`, from one that is all padding."""
-    empty = setup.data.train.build([], setup.batches.length, count=rows)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty)
 
 
 def compile_train(setup: Setup) -> Any:
@@ -219,10 +286,11 @@ def compile_train(setup: Setup) -> Any:
     return step.lower(setup.state, setup.frozen, abstract_batch(setup)).compile()
 
 
-def compile_eval(setup: Setup, rows: int) -> Any:
-    """The compiled evaluation ``(state, frozen, batch [rows, T]) -> metrics``."""
-    p = setup.placement
-    batch = _abstract(setup, rows)
+def compile_eval(setup: Setup, rows: int, view: View | None = None) -> Any:
+    """The compiled evaluation ``(state, frozen, batch [rows, T]) -> metrics``, of one task where there are several."""
+    p, view = setup.placement, view or setup.views[0]
+    empty = view.batch(view.prepared.train.build([], view.length, count=rows))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty)
     placed = jax.tree.map(lambda _: p.batch(0), batch)
     step = jax.jit(
         setup.program.evaluate,

@@ -33,6 +33,7 @@ class State:
       rng: base key; a step uses ``fold_in(rng, step)``.
       mutable: the model's running statistics (BatchNorm) by store key, float32; empty for language models.
       hyper: numbers of the run as arrays (see `ftjax.train.optimizer.hyper_of`).
+      weighting: what is learned of the weights of several tasks (see `ftjax.objectives.weighting`); mostly empty.
     """
 
     step: jax.Array
@@ -42,6 +43,7 @@ class State:
     rng: jax.Array
     mutable: Any
     hyper: Any
+    weighting: Any = struct.field(default_factory=dict)
 
 
 @struct.dataclass

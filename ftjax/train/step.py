@@ -22,6 +22,7 @@ from ftjax.objectives.base import LossOutput
 from ftjax.peft.base import bind
 from ftjax.train.optimizer import OptimSpec, clip_by_norm, learning_rate, make_tx
 from ftjax.train.state import Frozen, State
+from ftjax.train.weighted import combined, measured
 
 Metrics = dict[str, Any]
 
@@ -53,17 +54,21 @@ class Program:
         """The objective on one micro-batch."""
         bound = self.params(trainable, state, frozen, rng)
 
-        def policy(inputs: Any, mutable: Any) -> tuple[Any, Any]:
-            out = self.model.apply(bound | mutable, inputs, train=rng is not None)
+        def policy(inputs: Any, mutable: Any, task: str = "") -> tuple[Any, Any]:
+            out = self._applied(bound | mutable, inputs, task, train=rng is not None)
             return out, mutable | out.mutable
 
         reference = None
         if self.objective.needs_reference:
             past = tree.combine(frozen.reference, state.const, frozen.store)
-            reference = partial(self.model.apply, bind(past["base"], past["overlay"]) | (frozen.mutable or {}))
+            reference = partial(self._applied, bind(past["base"], past["overlay"]) | (frozen.mutable or {}))
         elif self.teacher is not None:
             reference = partial(self.teacher.apply, bind(frozen.teacher, {}))
         return self.objective(policy, batch, reference=reference, mutable=mutable, hyper=state.hyper)
+
+    def _applied(self, bound: Any, inputs: Any, task: str = "", **options: Any) -> Any:
+        model, seen = self.model.view(task, bound)
+        return model.apply(seen, inputs, **options)
 
     def train(self, state: State, frozen: Frozen, batches: Any) -> tuple[State, Metrics]:
         """One optimizer step.
@@ -80,12 +85,16 @@ class Program:
         weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(self.objective.weights)(batches))
         inverse = {k: jnp.where(w > 0, 1 / jnp.where(w > 0, w, 1), 0.0) for k, w in weights.items()}
         rng = jax.random.fold_in(state.rng, state.step)
+        weighting = getattr(self.objective, "weighting", None)  # of several tasks; a plain objective has none
+        coef = state.hyper["coef"] if weighting is None else self.objective.scaled(state.hyper["coef"], state.weighting)
 
         def loss(trainable: Any, mutable: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, LossOutput]:
             out = self.output(trainable, mutable, state, frozen, batch, rng)
-            return jnp.stack([state.hyper["coef"][k] * v * inverse[k] for k, v in out.sums.items()]).sum(), out
+            return jnp.stack([coef[k] * v * inverse[k] for k, v in out.sums.items()]).sum(), out
 
         grad = jax.value_and_grad(loss, has_aux=True)
+        apart = weighting is not None and weighting.apart
+        grad = self.objective.apart(grad) if apart else grad
 
         def micro(carry: Any, xs: Any) -> tuple[Any, Any]:
             total, mutable = carry
@@ -99,14 +108,22 @@ class Program:
             (value, out), grads = grad(state.trainable, state.mutable, first, jax.random.fold_in(rng, 0))
             mutable, sums, extra = out.mutable, out.sums, out.metrics
         else:
-            zero = jax.tree.map(jnp.zeros_like, state.trainable)
+            lead = (len(self.objective.trained),) if apart else ()
+            zero = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), state.trainable)
             (grads, mutable), stacked = jax.lax.scan(micro, (zero, state.mutable), (jnp.arange(M), batches))
             value, sums, extra = jax.tree.map(lambda x: x.sum(0), stacked)
-        return self._update(state, grads, mutable, value, sums, extra, weights)
+        learned = state.weighting
+        if weighting is not None:
+            grads, gram = combined(weighting, grads, rng) if apart else (grads, None)
+            losses = self.objective.losses(state.hyper["coef"], {k: v * inverse[k] for k, v in sums.items()})
+            extra = extra | measured(self.objective, weighting.scales(learned), gram)
+            learned = weighting.update(learned, losses, gram)
+        return self._update(state, grads, (mutable, learned), value, sums, extra, weights)
 
     def _update(
-        self, state: State, grads: Any, mutable: Any, value: Any, sums: Any, extra: Any, weights: Any
+        self, state: State, grads: Any, moved: Any, value: Any, sums: Any, extra: Any, weights: Any
     ) -> tuple[State, Metrics]:
+        mutable, learned = moved
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         if self.optim.clip:
@@ -122,6 +139,7 @@ class Program:
             trainable=keep(trainable, state.trainable),
             opt=keep(opt, state.opt),
             mutable=keep(mutable, state.mutable),
+            weighting=keep(learned, state.weighting),
         )
         terms = {k: (v, weights[k]) for k, v in sums.items()}
         lr = learning_rate(self.optim.schedule, state.hyper, state.step)
