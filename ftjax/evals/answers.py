@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from ftjax.evals.text import bag_f1
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -33,11 +34,7 @@ def exact(prediction: str, reference: str) -> float:
 
 def f1(prediction: str, reference: str) -> float:
     """Harmonic mean of precision and recall over the bags of words; where one side has none, 1 if neither has."""
-    p, r = normalised(prediction), normalised(reference)
-    if not p or not r:
-        return float(p == r)
-    same = sum((Counter(p) & Counter(r)).values())
-    return 2 * same / (len(p) + len(r))
+    return bag_f1(normalised(prediction), normalised(reference))
 
 
 def squad(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""Metrics of generated text against one reference each, averaged over examples.
+"""Metrics of generated text against one reference each: averaged over examples, or of all of them together (BLEU).
 
-    scores(("rouge_l", "token_f1"), completions, references)      # {"rouge_l": 0.31, "token_f1": 0.28}
+    scores(("rouge_l", "bleu"), completions, references)      # {"rouge_l": 0.31, "bleu": 12.4}
 
-exact_match and token_f1 follow SQuAD's evaluation (Rajpurkar et al. 2016, arXiv:1606.05250), rouge_l the F-measure of the
-longest common subsequence (Lin 2004).
+Words are lower case, with punctuation turned into spaces; token_f1 keeps articles, exact_match leaves them out (SQuAD's own
+normalisation is in `ftjax.evals.answers`). rouge_l is the F-measure of the longest common subsequence (Lin 2004).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ftjax.errors import ConfigError, did_you_mean
+from ftjax.evals.bleu import corpus_bleu
+from ftjax.evals.numbers import gsm8k_exact, gsm8k_flexible
 
 
 def words(text: str) -> list[str]:
@@ -25,6 +27,11 @@ def _f1(overlap: int, predicted: int, expected: int) -> float:
     return 2 * overlap / (predicted + expected) if overlap else float(predicted == expected == 0)
 
 
+def bag_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over bags of words; 1 where both are empty, 0 where one is."""
+    return _f1(sum((Counter(predicted) & Counter(expected)).values()), len(predicted), len(expected))
+
+
 def exact_match(prediction: str, reference: str) -> float:
     """1 when the words are the same, articles aside."""
     plain = [[w for w in words(t) if w not in ("a", "an", "the")] for t in (prediction, reference)]
@@ -33,8 +40,7 @@ def exact_match(prediction: str, reference: str) -> float:
 
 def token_f1(prediction: str, reference: str) -> float:
     """Harmonic mean of precision and recall over the bags of words."""
-    p, r = words(prediction), words(reference)
-    return _f1(sum((Counter(p) & Counter(r)).values()), len(p), len(r))
+    return bag_f1(words(prediction), words(reference))
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -50,19 +56,28 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 METRICS: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
+    "gsm8k_exact": gsm8k_exact,
+    "gsm8k_flexible": gsm8k_flexible,
     "rouge_l": rouge_l,
     "token_f1": token_f1,
 }
+CORPUS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"bleu": corpus_bleu}
 
 
 def scores(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean of each metric over the examples.
+    """Each metric: its mean over the examples, or its value for all of them together.
 
     Raises:
       ConfigError: no metric of that name.
     """
     for name in names:
-        if name not in METRICS:
-            raise ConfigError(f"unknown metric {name!r}.{did_you_mean(name, METRICS)} Known: {', '.join(METRICS)}")
+        if name not in METRICS | CORPUS:
+            known = [*METRICS, *CORPUS]
+            raise ConfigError(f"unknown metric {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
     pairs = list(zip(predictions, references, strict=True))
-    return {n: sum(METRICS[n](p, r) for p, r in pairs) / len(pairs) for n in names} if pairs else {}
+    if not pairs:
+        return {}
+    return {
+        n: CORPUS[n](predictions, references) if n in CORPUS else sum(METRICS[n](p, r) for p, r in pairs) / len(pairs)
+        for n in names
+    }
