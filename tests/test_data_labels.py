@@ -139,3 +139,29 @@ def test_calibration_by_hand():
     logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]))
     # two rows at confidence 0.9, one right: gap 0.4; one at 0.6, right: gap 0.4
     assert metrics.calibration_error(logits, np.array([0, 1, 0])) == pytest.approx(0.4)
+
+
+def test_temperature_scaling():
+    scipy = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 6)) * 2
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    truth = np.array([rng.choice(6, p=p) for p in chances])
+    sure = 3.0 * logits  # three times as sure as it should be
+
+    def nll(t):
+        z = sure / t
+        top = z.max(1)
+        return (top + np.log(np.exp(z - top[:, None]).sum(1)) - z[np.arange(len(z)), truth]).mean()
+
+    t = metrics.temperature(sure, truth)
+    assert t == pytest.approx(scipy.minimize_scalar(nll, bounds=(0.1, 20), method="bounded").x, rel=1e-4)
+    assert t == pytest.approx(3, rel=0.05)
+    found = metrics.classification(sure, truth)
+    assert found["temperature"] == pytest.approx(3, rel=0.1)
+    assert found["ece_unscaled"] > 0.1 and found["ece_scaled"] < 0.03
+    assert found["ece_unscaled"] == pytest.approx(found["ece"], abs=0.02)
+    right = np.eye(3)[np.arange(40) % 3]
+    assert metrics.temperature(right, np.arange(40) % 3) == pytest.approx(metrics.COLDEST)
+    assert metrics.temperature(-right, np.arange(40) % 3) == pytest.approx(metrics.HOTTEST)
+    assert "temperature" not in metrics.classification(sure[:29], truth[:29])

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from ftjax.report.memory import MemoryReport
     from ftjax.report.parameters import ParameterReport
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "ece", "ece_unscaled", "ece_scaled", "rmse", "mae")
+NOT_JUDGED = ("temperature",)
 # Belt and braces: even a text that escaped the escaping could not run or load anything.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -109,7 +110,7 @@ def _cards(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         if name in old and before is not after:
             was = f"was {number(old[name])}"
             better = (value < old[name]) == (name in LOWER_IS_BETTER)
-            judged = "" if value == old[name] else " class=good" if better else " class=bad"
+            judged = "" if value == old[name] or name in NOT_JUDGED else " class=good" if better else " class=bad"
         cards.append(
             f"<div class=card><span>{_text(title(name))}</span><b{judged}>{number(value)}</b><span>{was}</span></div>"
         )
