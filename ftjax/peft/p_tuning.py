@@ -4,7 +4,7 @@ tokens = W3 relu(W2 relu(W1 E + b1) + b2) + b3,   E [n, D] learned
 
     peft=PTuning(tokens=16, hidden=128)
 
-Only what the network makes is exported, as PEFT does. The LSTM encoder of the paper is not built.
+Only what the network makes is exported, as PEFT does. The paper's own encoder is in `ftjax.peft.p_tuning_lstm`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import Field
 
 from ftjax.params import ParamSpec, Store, Table, key_of
 from ftjax.peft.base import FROZEN, Overlay
+from ftjax.peft.p_tuning_lstm import LSTMTap
 from ftjax.peft.soft import SITE, SoftCodec, in_front, width
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -71,17 +72,21 @@ class PTuningCodec(SoftCodec):
 
     def settings_of(self, method: PTuning) -> dict[str, Any]:
         """See `SoftCodec`."""
-        return {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": method.hidden,
-                "encoder_num_layers": 2, "encoder_dropout": 0.0}  # fmt: skip
+        return {"encoder_reparameterization_type": method.encoder.upper(), "encoder_hidden_size": method.hidden,
+                "encoder_num_layers": method.depth, "encoder_dropout": 0.0}  # fmt: skip
 
     def method_of(self, config: Mapping[str, Any]) -> PTuning:
         """See `SoftCodec`."""
-        return PTuning(tokens=config["num_virtual_tokens"], hidden=config.get("encoder_hidden_size") or 128)
+        lstm = str(config.get("encoder_reparameterization_type")).upper() == "LSTM"
+        return PTuning(
+            tokens=config["num_virtual_tokens"], hidden=config.get("encoder_hidden_size") or 128,
+            encoder="lstm" if lstm else "mlp", depth=(lstm and config.get("encoder_num_layers")) or 2,
+        )  # fmt: skip
 
 
 @register("peft")
 class PTuning(Component):
-    """Virtual tokens made by a network of three layers."""
+    """Virtual tokens made by a network of three layers, or by an LSTM and two."""
 
     mergeable: ClassVar[bool] = False
     identity_at_init: ClassVar[bool] = False
@@ -92,6 +97,8 @@ class PTuning(Component):
     name: Literal["p_tuning"] = "p_tuning"
     tokens: int = Field(16, gt=0, description="Number of virtual tokens.")
     hidden: int = Field(128, gt=0, description="Width of the network.")
+    encoder: Literal["mlp", "lstm"] = Field("mlp", description="What makes them: three layers, or an LSTM and two.")
+    depth: int = Field(2, gt=0, description="Layers of the LSTM; the other network does not read it.")
 
     def labels(self, table: Table) -> Rules:
         """All of it."""
@@ -108,6 +115,8 @@ class PTuning(Component):
             return jax.random.uniform(key_of(key, f"{SITE}/{name}"), (inner, outer), jnp.float32, -bound, bound)
 
         e = std * jax.random.normal(key_of(key, f"{SITE}/e"), (self.tokens, dim), jnp.float32)
+        if self.encoder == "lstm":
+            return {SITE: LSTMTap.begin(key, e, hidden, self.depth)}
         zeros = jnp.zeros((hidden,), jnp.float32)
         return {
             SITE: EncodedTap(
