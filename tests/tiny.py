@@ -19,6 +19,7 @@ from ftjax.data.pairs import PairBatch
 from ftjax.data.seq2seq import SeqBatch
 from ftjax.data.spans import SpanBatch
 from ftjax.data.tags import TagBatch
+from ftjax.data.together import TaskBatch
 from ftjax.headspec import HeadSpec
 from ftjax.models.base import Model, Numerics
 from ftjax.models.llama import Llama, LlamaConfig, Rope
@@ -143,7 +144,13 @@ def spans(rows: int, *, seed: int = 0) -> SpanBatch:
     )  # fmt: skip
 
 
+def together(rows: int, *, seed: int = 0) -> TaskBatch:
+    """Rows of the two default tasks of `MultiTask`."""
+    return TaskBatch({"docs": batch(rows, seed=seed), "text": batch(rows, seed=seed + 1)})
+
+
 BATCHES: dict[type, Any] = {
+    TaskBatch: together,
     SpanBatch: spans,
     TagBatch: tagged,
     SeqBatch: answered,
@@ -207,6 +214,7 @@ def tiny(
         parts = parts.replace(trainable=jax.tree.unflatten(jax.tree.structure(parts.trainable), drawn))
     rng = params.key_of(jax.random.key(seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
+    state = dc.replace(state, weighting=getattr(objective, "start", dict)())
     past = (parts.trainable, parts.mutable) if objective.needs_reference else (None, None)
     teacher = model if hasattr(objective, "teacher") else None  # the same network with other weights
     return Tiny(

@@ -143,7 +143,13 @@ def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase | None
 
 def _without_places(parts: dict[str, Any]) -> dict[str, Any]:
     """Moved data are the same data: for a checkpoint their content counts (for the cache the place does, for messages)."""
-    return {**parts, "task": {k: v for k, v in parts["task"].items() if k not in ("path", "eval_path")}}
+    return {**parts, "task": _placeless(parts["task"])}
+
+
+def _placeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _placeless(v) for k, v in value.items() if k not in ("path", "eval_path")}
+    return [_placeless(v) for v in value] if isinstance(value, list) else value
 
 
 def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: dict[str, Any]) -> _Content:

@@ -95,9 +95,8 @@ def _own(value: Any, task: str) -> Any:
         return value
     number = jnp.uint32(zlib.crc32(task.encode()))
     fold = jax.random.fold_in
-    return value.replace(
-        key=jax.vmap(fold, (0, None))(value.key, number) if value.key.ndim else fold(value.key, number)
-    )
+    key = jax.vmap(fold, (0, None))(value.key, number) if value.key.ndim else fold(value.key, number)
+    return Adapted(value.base, value.delta, key)
 
 
 def views(model: Any, params: Store) -> dict[str, tuple[Model, Store]]:

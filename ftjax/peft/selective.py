@@ -121,7 +121,8 @@ class BitFit(Selective):
 
 
 def _by_kind(table: Table, kinds: tuple[str, ...], name: str) -> list[str]:
-    return spelled([k for k, s in table.items() if s.kind in kinds and not k.startswith(("head/", "heads/"))], table, kinds, name)
+    heads = ("head/", "heads/")
+    return spelled([k for k, s in table.items() if s.kind in kinds and not k.startswith(heads)], table, kinds, name)
 
 
 def spelled(keys: Iterable[str], table: Table, kinds: tuple[str, ...], name: str) -> list[str]:

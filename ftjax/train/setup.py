@@ -161,6 +161,8 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     several = hasattr(run.objective, "tasks")
     tokens = any(layout_of(t.objective).tokens for t in (run.objective.tasks if several else (run,)))
     tokenizer = tokenizer_of(run, run.folder) if tokens else None
+    for line in getattr(run.data, "describe", list)():
+        say(line)
     data: Any
     model: Any  # a family's, or several heads on one
     run, data, batches = (read_tasks if several else read_data)(run, tokenizer, mesh)
@@ -172,7 +174,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
         model, base = load_several(run.model, numerics(run.compute), task_heads(run.objective, data), **loading)
     else:
         head = run.objective.head(data.labels, data.problem)
-        model, base = run.model.load(numerics(run.compute), head=head, **loading)
+        model, base = source_of(run).load(numerics(run.compute), head=head, **loading)
     teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
