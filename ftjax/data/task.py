@@ -20,6 +20,28 @@ TEXT_PROMPT_CHARS = 120  # of a held-out text, when there are no prompts of its 
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt with given answers.
+
+    Attributes:
+      prompt: text before the answer.
+      choices: the answers, bare.
+      answer: number of the right one.
+      delimiter: what stands between the prompt and an answer.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    delimiter: str = " "
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """The choices as they follow the prompt."""
+        return tuple(self.delimiter + c for c in self.choices)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A held-out question to the model.
 
@@ -27,11 +49,13 @@ class Prompt:
       prompt: text, or messages that end before the answer.
       reference: the expected answer.
       origin: place of the row.
+      question: the same with its choices, where there are any.
     """
 
     prompt: str | list[dict[str, Any]]
     reference: str
     origin: str = ""
+    question: Question | None = None
 
 
 class Task(Protocol):

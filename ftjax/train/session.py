@@ -17,6 +17,7 @@ from ftjax.data.encode import encode_prompt
 from ftjax.data.layouts import layout_of
 from ftjax.data.pipeline import eval_batches, permutation
 from ftjax.data.task import Prompt
+from ftjax.evals.choices import NORMS, prompt_scores
 from ftjax.evals.text import scores
 from ftjax.generate.api import completion, continued, generate_ids
 from ftjax.generate.sampling import Sampling
@@ -121,6 +122,10 @@ class Evaluator:
         prompts: list[Prompt] = view.task.prompts(wanted) if wanted and speaks else []
         if not prompts:
             return [], {}
+        by_text = [m for m in view.task.metrics if m not in NORMS]
+        by_choice = [m for m in view.task.metrics if m in NORMS]
+        values = prompt_scores(by_choice, model, params, s.tokenizer, prompts[: e.metric_examples], batch=self.rows)
+        prompts = prompts if by_text else prompts[: e.generate]
         ids = [encode_prompt(p.prompt, s.tokenizer, view.prepared.template, end=model.reads_apart) for p in prompts]
         size = model.context
         kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if size is None or len(i) <= size - e.max_new_tokens]
@@ -129,7 +134,7 @@ class Evaluator:
         texts = [completion(s.tokenizer, continued(model, i), t) for (_, i), t in zip(kept, tokens, strict=True)]
         found = [Answer(shown(p.prompt), t, p.reference) for (p, _), t in zip(kept, texts, strict=True)]
         measured = found[: e.metric_examples]
-        values = scores(view.task.metrics, [a.completion for a in measured], [a.reference for a in measured])
+        values |= scores(by_text, [a.completion for a in measured], [a.reference for a in measured])
         return found[: e.generate], values
 
     def policy(self, state: State) -> params.Store:

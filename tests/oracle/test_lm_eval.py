@@ -24,6 +24,7 @@ from ftjax.configfile import dump  # noqa: E402
 from ftjax.data.tokenizer import load_tokenizer  # noqa: E402
 from ftjax.errors import ConfigError  # noqa: E402
 from ftjax.evals.harness.model import HarnessModel  # noqa: E402
+from ftjax.evals.request import requested  # noqa: E402
 from ftjax.verbs import main  # noqa: E402
 from tests.oracle import torch_llama  # noqa: E402
 
@@ -73,7 +74,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def tasks(folder: Path) -> Path:
     """Three tasks on one file of rows."""
     folder.mkdir()
-    data = folder / "rows.json"
+    data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, ROWS)))
     for name, kind, text, target, more in (
         ("tiny_choice", "multiple_choice", '"{{question}}"', "answer", CHOICE),
@@ -146,6 +147,19 @@ def test_a_tiny_model(tmp_path):
     same(ours, results(backend(folder), include))
     assert len(set(replies(ours, "tiny_generate"))) > 3
     assert any(len(text) < 12 for text in replies(ours, "tiny_generate")), "no stop text was met"
+
+
+def test_our_own_multiple_choice_has_the_same_numbers(tmp_path, shared):
+    include = tasks(tmp_path / "tasks")
+    for folder in (tiny(tmp_path / "model"), shared / "stories260k"):
+        theirs = results(backend(folder), include)
+        request = requested(["evals=choices", f"path={include / 'rows.jsonl'}", "batch=4"])
+        measured = request.measure(*ftjax.load_pretrained(folder), load_tokenizer(folder), template="")
+        ours = [x for row in measured.record["rows"] for x in row["logprobs"]]
+        np.testing.assert_allclose(ours, [x for x, _ in replies(theirs, "tiny_choice")], atol=1e-4, rtol=1e-6)
+        for name, value in measured.record["results"].items():
+            assert value == theirs["results"]["tiny_choice"][f"{name},none"], name
+        assert len(measured.record["results"]) == 3
 
 
 def test_stories260k(tmp_path, shared):
