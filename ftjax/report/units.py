@@ -67,7 +67,8 @@ def clock(seconds: float) -> str:
 
 def measured(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a metrics line that measure something, the loss first."""
-    numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k not in BOOKKEEPING}
+    own = {k: k.rpartition("/")[2] for k in values}  # of several tasks each has its own
+    numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and own[k] not in BOOKKEEPING}
     return dict(sorted(numbers.items(), key=lambda item: item[0] != "loss"))
 
 
