@@ -17,7 +17,7 @@ from ftjax.models.transformer import Decoder
 from ftjax.params import Store, bounds, cut
 from ftjax.peft import base as peft
 from ftjax.peft.adapters import load_adapters
-from ftjax.peft.combine import merge_adapters
+from ftjax.peft.merges import merge_adapters
 from ftjax.peft.convert import to_lora
 from ftjax.peft.interop import head_of, load_adapter
 from ftjax.quant.base import Storage

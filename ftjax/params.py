@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -86,6 +86,13 @@ class ParamSpec:
 
 
 Table = dict[str, ParamSpec]
+
+
+def in_file(key: str, spec: ParamSpec) -> Iterator[tuple[int | None, str]]:
+    """(layer, name in the file) of each layer that a key stands for and that the file has; (None, name) of a single one."""
+    r = ranged(key)
+    layers = (None,) if r is None else range(max(r.start, spec.since), r.stop)
+    return ((layer, spec.hf.format(layer)) for layer in layers)
 
 
 @struct.dataclass

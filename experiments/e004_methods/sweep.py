@@ -73,7 +73,7 @@ def run_of(args: argparse.Namespace, method: str, *, lr: float, seed: int = 0) -
     """The config of a trial."""
     settings = [
         f"model.path={args.model}", f"data.path={args.text}", "loader.max_length=128", f"train.steps={args.steps}",
-        "train.batch=8", "evaluate.examples=256", f"optim.lr={lr:g}", f"seed={seed}",
+        "train.batch=8", "evaluate.examples=128", f"optim.lr={lr:g}", f"seed={seed}",
     ]  # fmt: skip
     return configfile.load(CONFIG, [*settings, *METHODS[method][1]])
 
@@ -148,7 +148,7 @@ def wanted(rows: list[dict[str, Any]], middle: float, seeds: int) -> Iterator[tu
 
 def train(args: argparse.Namespace) -> None:
     """Fills results.csv."""
-    path, texts = HERE / "results.csv", stories(args.model, 64)
+    path, texts = HERE / "results.csv", stories(args.model, 32)
     for method, (middle, _) in METHODS.items():
         rows = [r for r in read(path) if r["method"] == method]
         trials = Trials(args, method, texts)
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "time", "table"))
     parser.add_argument("--model")
     parser.add_argument("--text")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--turns", type=int, default=9)
     args = parser.parse_args()

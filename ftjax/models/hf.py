@@ -118,12 +118,9 @@ def load(
     folder = resolve(path_or_id)
     config = read_json(folder / "config.json")
     files = tensor_files(folder)
-    model = model_of(config, numerics or Numerics(dtype=dtype), head)
-    if model.unties and _differ(files, *_tied_names(model)):
-        model = model_of({**config, "tie_word_embeddings": False}, numerics or Numerics(dtype=dtype), head)
-    loading = _Loading(model, head_of(type(model), config), _names(files), seed)
-    if loading.tied:
-        _check_tied(files, *loading.tied)
+    names = frozenset(name for name, _ in stream(files))
+    model = _untied(model_of(config, numerics or Numerics(dtype=dtype), head), config, files, names)
+    loading = _Loading(model, head_of(type(model), config), names, seed)
     params = load_table(
         model.table, files, dtype=jnp.dtype(dtype), rename=loading.rename, ignore=loading.ignore,
         absent=loading.absent, place=place(model) if place else None, storage=storage,
@@ -170,8 +167,7 @@ class _Loading:
     @property
     def tied(self) -> tuple[str, str] | None:
         """Names of the embedding and of the output head where these are one tensor."""
-        names = _tied_names(self.model)
-        return names if getattr(self.model.config, "tie_word_embeddings", False) and all(names) else None
+        return tied_names(self.model)
 
     @cached_property
     def bare(self) -> bool:
@@ -221,28 +217,31 @@ class _Loading:
             yield f"left out, of another head: {', '.join(self.left_out[:5])}" + " ..." * (len(self.left_out) > 5)
 
 
-def _names(files: list[Path]) -> frozenset[str]:
-    return frozenset(name for name, _ in stream(files))
+def tied_names(model: Model) -> tuple[str, str] | None:
+    """Names of the embedding and of the output head where these are one tensor."""
+    names = getattr(model, "embed_hf", ""), getattr(model, "head_hf", "")
+    return names if getattr(model.config, "tie_word_embeddings", False) and all(names) else None
 
 
-def _tied_names(model: Model) -> tuple[str, str]:
-    return getattr(model, "embed_hf", ""), getattr(model, "head_hf", "")
+def _untied(model: Model, config: dict[str, Any], files: list[Path], names: frozenset[str]) -> Model:
+    """The model as its files have it. A tied head may stand there as a copy; where its values are others it is not tied.
 
-
-def _differ(files: list[Path], embed: str, head: str) -> bool:
-    """Whether the files hold a head that is not the embedding."""
-    copies = {name for name, _ in stream(files)} >= {embed, head}
-    found = {name: tensor() for name, tensor in stream(files) if copies and name in (embed, head)}
-    return copies and not np.array_equal(found[embed], found[head])
-
-
-def _check_tied(files: list[Path], embed: str, head: str) -> None:
-    """A tied head may stand in the files as a copy. Where the values differ transformers unties it; we refuse that."""
-    if _differ(files, embed, head):
+    Raises:
+      DataError: so it is, in a family of which the config file should say it.
+    """
+    tied = tied_names(model)
+    if tied is None or not names.issuperset(tied):
+        return model
+    found = {name: tensor() for name, tensor in stream(files) if name in tied}
+    embed, head = (found[name] for name in tied)
+    if np.array_equal(embed, head):
+        return model
+    if not model.unties:
         raise DataError(
-            f"config.json: tie_word_embeddings is true, but {head} differs from {embed} in the files. "
+            f"config.json: tie_word_embeddings is true, but {tied[1]} differs from {tied[0]} in the files. "
             "Set it to false to use the head as it is"
         )
+    return model_of({**config, "tie_word_embeddings": False}, model.numerics, model.head)
 
 
 # Saving ----------------------------------------------------------------------------------------------------------------

@@ -28,8 +28,16 @@ from ftjax.models.base import FamilyConfig, Output
 from ftjax.models.heads import VocabularyHead
 from ftjax.models.hfconfig import HFConfig
 from ftjax.models.layers import KV, Cache, RMSNorm, Seq, run_stack
-from ftjax.models.t5_layers import FORMS, RelativeBias, Side, SourceKV, T5Block
-from ftjax.models.transformer import SoftInput, TokenEntrance, Transformer, abstract_sequence, note, sequence
+from ftjax.models.t5_layers import FORMS, RelativeBias, Side, SourceKV, T5Block, prefix_places
+from ftjax.models.transformer import (
+    SoftInput,
+    TokenEntrance,
+    Transformer,
+    abstract_sequence,
+    note,
+    prompt_inputs,
+    sequence,
+)
 from ftjax.params import Store, Table, declare, nest, stack
 from ftjax.registry import register
 
@@ -222,10 +230,11 @@ class T5(Transformer):
         seq = sequence(inputs, first=first, positions=columns)
         held: Any = note(cache, seq)
         keys = held.positions if held is not None else seq.positions
+        keys = jnp.concatenate([prefix_places(p["decoder"], keys), keys], axis=1)
         bias = RelativeBias(c, "decoder").apply({"params": p}, seq.positions, keys)
         if held is not None and source is not None:
             held = dc.replace(held, source_segments=source.segments)
-        segments: Any = source.segments if source else getattr(held, "source_segments")  # noqa: B009
+        segments: Any = cache.source_segments if source is None else source.segments
         block, reader = T5Block(c, "decoder"), SourceKV(c)
 
         def body(layer_params: dict, h: jax.Array, layer: Any, cache: Any) -> tuple[jax.Array, Any]:
@@ -277,15 +286,8 @@ class T5(Transformer):
     def begin(self, params: Any, ids: jax.Array, lengths: jax.Array, *, room: int, soft: int) -> Output:
         """Reads left-padded sources [B, P] and the start token into a new cache with `room` columns more."""
         B, P = ids.shape
-        column = jnp.arange(P, dtype=jnp.int32)[None] - (P - lengths)[:, None]
-        inputs = {
-            "input_ids": ids,
-            "positions": jnp.maximum(column, 0),
-            "segments": jnp.where(column >= 0, 0, ops.PAD_SEGMENT),
-            "prompt_len": jnp.broadcast_to(lengths[:, None], (B, P)),
-            "decoder_input_ids": jnp.full((B, 1), self.config.decoder_start_token_id, jnp.int32),
-        }
-        return self.apply(params, inputs, cache=self.new_cache(B, 1 + room, soft + P))
+        start = {"decoder_input_ids": jnp.full((B, 1), self.config.decoder_start_token_id, jnp.int32)}
+        return self.apply(params, prompt_inputs(ids, lengths) | start, cache=self.new_cache(B, 1 + room, soft + P))
 
 
 def _normed(norm: nn.Module, params: dict[str, Any], h: jax.Array) -> jax.Array:

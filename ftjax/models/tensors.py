@@ -24,7 +24,7 @@ import numpy as np
 from ftjax.errors import ConfigError, DataError, listing
 from ftjax.models.folder import stream
 from ftjax.ops import Weight
-from ftjax.params import ParamSpec, Store, Table, join, ranged
+from ftjax.params import ParamSpec, Store, Table, in_file, join
 from ftjax.quant.base import Storage, stacked
 from ftjax.tree import path_of
 
@@ -35,9 +35,8 @@ def file_names(table: Table) -> dict[str, tuple[str, int | None]]:
     for key, spec in table.items():
         if spec.kind == "site":
             continue
-        r = ranged(key)
-        for layer in range(max(r.start, spec.since), r.stop) if r else (None,):
-            names[spec.hf.format(layer)] = (key, layer)
+        for layer, name in in_file(key, spec):
+            names[name] = (key, layer)
     return names
 
 
@@ -71,6 +70,7 @@ def load_table(
       DataError: missing, extra, misshapen or non-finite tensors, all in one table.
     """
     names = file_names(table)
+    storage = storage and storage.fit(table)
     # What is filled here is given away for good: the device may keep the very memory (the CPU does, where it is aligned).
     place = place or (lambda _, x: jax.device_put(x, may_alias=True))
     problems: list[str] = []
@@ -162,7 +162,7 @@ class _Filling:
         if problem := _take(name, tensor, self._table[key], value):
             self.problems.append(problem)
             return
-        self._packed.setdefault(key, {})[layer] = self._storage.encode(value)
+        self._packed.setdefault(key, {})[layer] = self._storage.encode(value, key, layer)
         if not self._left[key]:
             self.store[key] = place_tree(self._place, key, stacked(self._packed.pop(key)))
 
@@ -220,8 +220,8 @@ def to_file_tensors(table: Table, params: Store) -> Iterator[tuple[str, np.ndarr
             f"the parameters hold adapters ({foreign[0]} ...): call ftjax.merge first, or save the adapter"
         )
     for key, value in params.items():
-        spec, r = table[key], ranged(key)
+        spec = table[key]
         value = np.asarray(jax.device_get(value))
-        for layer in range(max(r.start, spec.since), r.stop) if r else (None,):
+        for layer, name in in_file(key, spec):
             one = value if layer is None else value[layer]
-            yield spec.hf.format(layer), np.ascontiguousarray(spec.to_file(one))
+            yield name, np.ascontiguousarray(spec.to_file(one))

@@ -242,14 +242,18 @@ class Decoder(Transformer):
           soft: columns that a soft prompt takes.
         """
         B, P = ids.shape
-        column = jnp.arange(P, dtype=jnp.int32)[None] - (P - lengths)[:, None]
-        inputs = {
-            "input_ids": ids,
-            "positions": jnp.maximum(column, 0),
-            "segments": jnp.where(column >= 0, 0, ops.PAD_SEGMENT),
-            "prompt_len": jnp.broadcast_to(lengths[:, None], (B, P)),
-        }
-        return self.apply(params, inputs, cache=self.new_cache(B, soft + P + room))
+        return self.apply(params, prompt_inputs(ids, lengths), cache=self.new_cache(B, soft + P + room))
+
+
+def prompt_inputs(ids: jax.Array, lengths: jax.Array) -> dict[str, jax.Array]:
+    """Inputs for left-padded prompts [B, P] of these lengths [B]."""
+    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] - (ids.shape[1] - lengths)[:, None]
+    return {
+        "input_ids": ids,
+        "positions": jnp.maximum(column, 0),
+        "segments": jnp.where(column >= 0, 0, ops.PAD_SEGMENT),
+        "prompt_len": jnp.broadcast_to(lengths[:, None], ids.shape),
+    }
 
 
 def decoder_heads(name: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from ftjax.headspec import HeadSpec
@@ -33,6 +34,17 @@ class LossOutput:
     mutable: Any
     metrics: dict[str, tuple[jax.Array, jax.Array]]
     rows: dict[str, jax.Array] = struct.field(default_factory=dict)
+
+
+def token_inputs(batch: Any) -> dict[str, jax.Array]:
+    """What a policy is called with for a batch of token rows: tokens, where they stand and, if there are any, their types."""
+    found = {"input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments}
+    return found | ({"token_type_ids": batch.types} if hasattr(batch, "types") else {})
+
+
+def token_count(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The metric "num_tokens": tokens that are not padding, float32 scalars."""
+    return (segments >= 0).sum().astype(jnp.float32), jnp.float32(1)
 
 
 class Objective(Protocol):

@@ -16,7 +16,7 @@ from pydantic import Field
 from ftjax.data.batches import TokenBatch
 from ftjax.headspec import HeadSpec
 from ftjax.kernels.vocab_loss import TokenNll
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_inputs
 from ftjax.registry import register
 from ftjax.rows import prompt_lengths
 from ftjax.schema import Component
@@ -35,12 +35,7 @@ def shift(batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
 
 def model_inputs(batch: TokenBatch) -> dict[str, jax.Array]:
     """What a policy is called with."""
-    return {
-        "input_ids": batch.tokens,
-        "positions": batch.positions,
-        "segments": batch.segments,
-        "prompt_len": prompt_lengths(batch.segments, batch.weights > 0),
-    }
+    return token_inputs(batch) | {"prompt_len": prompt_lengths(batch.segments, batch.weights > 0)}
 
 
 @register("objective")

@@ -17,22 +17,9 @@ from pydantic import Field
 from ftjax.data.labels import LabelBatch
 from ftjax.evals import labels as metrics
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count, token_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
-
-
-def model_inputs(batch: LabelBatch) -> dict[str, jax.Array]:
-    """What a policy is called with."""
-    return {
-        "input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments,
-        "token_type_ids": batch.types,
-    }  # fmt: skip
-
-
-def real_tokens(batch: LabelBatch) -> jax.Array:
-    """Tokens that are not padding, float32 scalar."""
-    return (batch.segments >= 0).sum().astype(jnp.float32)
 
 
 @register("objective")
@@ -53,7 +40,7 @@ class Classification(Component):
 
     def inputs(self, batch: LabelBatch) -> dict[str, jax.Array]:
         """Tokens and where they stand."""
-        return model_inputs(batch)
+        return token_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
@@ -74,7 +61,7 @@ class Classification(Component):
 
     def __call__(self, policy: Policy, batch: LabelBatch, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
         """Sum over the rows."""
-        output, mutable = policy(model_inputs(batch), mutable)
+        output, mutable = policy(token_inputs(batch), mutable)
         z = output.logits
         if batch.labels.ndim == 2:
             each = (jnp.logaddexp(0.0, z) - z * batch.labels).mean(-1)
@@ -89,7 +76,7 @@ class Classification(Component):
         count = batch.weights.sum()
         found = {
             "accuracy": (jnp.where(right, batch.weights, 0.0).sum(), count),
-            "num_tokens": (real_tokens(batch), jnp.float32(1)),
+            "num_tokens": token_count(batch.segments),
         }
         rows = {"logits": z, "labels": batch.labels, "weights": batch.weights}
         return LossOutput({"cross_entropy": (each * self._row_weights(batch)).sum()}, mutable, found, rows)

@@ -13,7 +13,6 @@ and is in no checkpoint and no export.
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from pydantic import Field
 
 from ftjax.data.labels import LabelBatch
 from ftjax.kernels.vocab_loss import over_pairs
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count
 from ftjax.objectives.causal_lm import CausalLM, shift
 from ftjax.objectives.classification import Classification, smoothed
 from ftjax.objectives.masked_lm import MaskedLM
@@ -159,14 +158,10 @@ class DistillMaskedLM(Distilled, MaskedLM):
         """Sums over the chosen tokens; `reference` is the teacher."""
         output, mutable = policy(self.inputs(batch), mutable)
         weights, at = self._chosen(batch)
-        mine, theirs = (
-            dc.replace(out, hidden=jnp.take_along_axis(out.hidden, at[..., None], axis=1))
-            for out in (output, reference(self.inputs(batch)))
-        )
+        mine, theirs = (out.at(at) for out in (output, reference(self.inputs(batch))))
         targets = jnp.take_along_axis(batch.targets, at, axis=1)
         sums, found = self.language(mine, theirs, targets, weights, hyper)
-        count = (batch.segments >= 0).sum().astype(jnp.float32)
-        return LossOutput(sums, mutable, found | {"num_tokens": (count, jnp.float32(1))})
+        return LossOutput(sums, mutable, found | {"num_tokens": token_count(batch.segments)})
 
 
 @register("objective")

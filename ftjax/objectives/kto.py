@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ftjax.data.pairs import PairBatch
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count
 from ftjax.objectives.preference import answers, pair_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -79,7 +79,7 @@ class KTO(Component):
             "rewards/chosen": ((beta * r * up).sum(), up.sum()), "rewards/rejected": ((beta * r * down).sum(), down.sum()),
             "logps/chosen": ((log_p * up).sum(), up.sum()), "logps/rejected": ((log_p * down).sum(), down.sum()),
             "kl": (z, jnp.float32(1)),
-            "num_tokens": ((batch.segments[:, 0] >= 0).sum().astype(jnp.float32), jnp.float32(1)),
+            "num_tokens": token_count(batch.segments[:, 0]),
         }  # fmt: skip
         return LossOutput({self.loss: (each * n).sum()}, mutable, found)
 

@@ -7,7 +7,6 @@ loss = sum over the chosen tokens of -log p(token) / number of chosen tokens; a 
 
 from __future__ import annotations
 
-import dataclasses as dc
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,7 +15,7 @@ from pydantic import Field
 
 from ftjax.data.masking import MaskBatch, capacity
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count, token_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -43,7 +42,7 @@ class MaskedLM(Component):
 
     def inputs(self, batch: MaskBatch) -> dict[str, jax.Array]:
         """Tokens and where they stand."""
-        return {"input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments}
+        return token_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
@@ -62,11 +61,10 @@ class MaskedLM(Component):
         output, mutable = policy(self.inputs(batch), mutable)
         # The chosen tokens' hidden values alone meet the vocabulary: its logits are most of a small model's work.
         weights, at = self._chosen(batch)
-        hidden = jnp.take_along_axis(output.hidden, at[..., None], axis=1)
-        token = dc.replace(output, hidden=hidden).nll(jnp.take_along_axis(batch.targets, at, axis=1))
+        token = output.at(at).nll(jnp.take_along_axis(batch.targets, at, axis=1))
         found = {
             "mean_token_accuracy": ((token.correct * weights).sum(), weights.sum()),
-            "num_tokens": ((batch.segments >= 0).sum().astype(jnp.float32), jnp.float32(1)),
+            "num_tokens": token_count(batch.segments),
         }
         return LossOutput({"nll": (token.nll * weights).sum()}, mutable, found)
 

@@ -11,6 +11,7 @@ from flax import struct
 
 from ftjax.data.batches import TokenBatch
 from ftjax.data.pairs import PairBatch
+from ftjax.objectives.base import token_count
 from ftjax.objectives.causal_lm import model_inputs, shift
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -92,4 +93,4 @@ def reward_metrics(rewards: jax.Array, log_p: jax.Array, policy: Answers, batch:
     found = {k: ((v * n).sum(), n.sum()) for k, v in mean.items()}
     tokens = policy.mask[:, 0] * n[:, None]
     found["mean_token_accuracy"] = ((policy.top[:, 0] * n[:, None]).sum(), tokens.sum())
-    return found | {"num_tokens": ((batch.segments >= 0).sum().astype(jnp.float32), jnp.float32(1))}
+    return found | {"num_tokens": token_count(batch.segments)}

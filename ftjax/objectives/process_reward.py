@@ -18,8 +18,8 @@ from ftjax.data.steps import RIGHT, WRONG
 from ftjax.data.tags import TagBatch
 from ftjax.evals.labels import confusion, macro_f1
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
-from ftjax.objectives.token_classification import tag_inputs, tag_loss
+from ftjax.objectives.base import LossOutput, Policy, token_inputs
+from ftjax.objectives.token_classification import tag_loss
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -47,7 +47,7 @@ class ProcessReward(Component):
 
     def inputs(self, batch: TagBatch) -> dict[str, jax.Array]:
         """Tokens and where they stand."""
-        return tag_inputs(batch)
+        return token_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """One term."""

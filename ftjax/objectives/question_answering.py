@@ -19,7 +19,7 @@ from ftjax.data.batches import PAD_SEGMENT
 from ftjax.data.spans import SpanBatch
 from ftjax.evals.answers import best_spans, squad
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count, token_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -46,10 +46,7 @@ class QuestionAnswering(Component):
 
     def inputs(self, batch: SpanBatch) -> dict[str, jax.Array]:
         """Tokens and where they stand."""
-        return {
-            "input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments,
-            "token_type_ids": batch.types,
-        }  # fmt: skip
+        return token_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """Beginning and end, half each."""
@@ -82,7 +79,7 @@ class QuestionAnswering(Component):
             right &= logits[side].argmax(-1) == place
         found = {
             "accuracy": (right.astype(jnp.float32).sum(), batch.weights.sum()),
-            "num_tokens": ((batch.segments >= 0).sum().astype(jnp.float32), jnp.float32(1)),
+            "num_tokens": token_count(batch.segments),
         }
         return LossOutput(sums, mutable, found, {"starts": logits[0], "ends": logits[1], "index": batch.index})
 

@@ -16,8 +16,7 @@ from pydantic import Field
 from ftjax.data.labels import REGRESSION, LabelBatch
 from ftjax.evals import labels as metrics
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
-from ftjax.objectives.classification import model_inputs, real_tokens
+from ftjax.objectives.base import LossOutput, Policy, token_count, token_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -40,7 +39,7 @@ class Regression(Component):
 
     def inputs(self, batch: LabelBatch) -> dict[str, jax.Array]:
         """Tokens and where they stand."""
-        return model_inputs(batch)
+        return token_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
@@ -56,7 +55,7 @@ class Regression(Component):
 
     def __call__(self, policy: Policy, batch: LabelBatch, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
         """Sum over the rows."""
-        output, mutable = policy(model_inputs(batch), mutable)
+        output, mutable = policy(token_inputs(batch), mutable)
         z = output.logits[..., 0]
         gap = z - batch.labels.astype(jnp.float32)
         size = jnp.abs(gap)
@@ -69,7 +68,7 @@ class Regression(Component):
             each = jnp.where(size <= delta, 0.5 * gap * gap, delta * (size - 0.5 * delta))
         found = {
             "mae": ((size * batch.weights).sum(), batch.weights.sum()),
-            "num_tokens": (real_tokens(batch), jnp.float32(1)),
+            "num_tokens": token_count(batch.segments),
         }
         rows = {"predictions": z, "labels": batch.labels, "weights": batch.weights}
         return LossOutput({self.loss: (each * batch.weights).sum()}, mutable, found, rows)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from ftjax.data.pairs import PairBatch
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count
 from ftjax.objectives.preference import pair_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -70,7 +70,7 @@ class RewardModel(Component):
             "mean_reward": ((good + bad) / 2 * n, n),
         }  # fmt: skip
         found = {k: (a.sum(), b.sum()) for k, (a, b) in found.items()}
-        found["num_tokens"] = ((batch.segments >= 0).sum().astype(jnp.float32), jnp.float32(1))
+        found["num_tokens"] = token_count(batch.segments)
         return LossOutput(sums, mutable, found, {"rewards": rewards, "weights": n})
 
     def summary(self, rows: dict[str, Any]) -> dict[str, float]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from pydantic import Field
 
 from ftjax.data.seq2seq import SeqBatch
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count, token_inputs
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -39,9 +38,7 @@ class Seq2Seq(Component):
 
     def inputs(self, batch: SeqBatch) -> dict[str, jax.Array]:
         """The source, and the answer that the model shifts."""
-        return {
-            "input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments, "labels": batch.labels,
-        }  # fmt: skip
+        return token_inputs(batch) | {"labels": batch.labels}
 
     def coefficients(self) -> dict[str, float]:
         """One term."""
@@ -59,10 +56,10 @@ class Seq2Seq(Component):
         """Sum of the negative log-likelihoods."""
         output, mutable = policy(self.inputs(batch), mutable)
         token = output.nll(batch.labels, smoothing=hyper.get("label_smoothing", 0.0))
-        total = batch.weights.sum()
+        total, (read, one) = batch.weights.sum(), token_count(batch.segments)
         found = {
             "mean_token_accuracy": ((token.correct * batch.weights).sum(), total),
-            "num_tokens": (total + (batch.segments >= 0).sum().astype(jnp.float32), jnp.float32(1)),
+            "num_tokens": (total + read, one),
         }
         return LossOutput({"nll": (token.nll * batch.weights).sum()}, mutable, found)
 

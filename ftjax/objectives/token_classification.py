@@ -20,28 +20,20 @@ from ftjax.data.tags import TagBatch
 from ftjax.evals.entities import entity_scores, is_iob2
 from ftjax.evals.labels import confusion, macro_f1
 from ftjax.headspec import HeadSpec
-from ftjax.objectives.base import LossOutput, Policy
+from ftjax.objectives.base import LossOutput, Policy, token_count, token_inputs
 from ftjax.objectives.classification import smoothed
 from ftjax.registry import register
 from ftjax.schema import Component
 
 
-def tag_inputs(batch: TagBatch) -> dict[str, jax.Array]:
-    """What a policy is called with."""
-    return {
-        "input_ids": batch.tokens, "positions": batch.positions, "segments": batch.segments,
-        "token_type_ids": batch.types,
-    }  # fmt: skip
-
-
 def tag_loss(policy: Policy, batch: TagBatch, mutable: Any, smoothing: jax.Array | float = 0.0) -> LossOutput:
     """Cross entropy summed over the labelled tokens; `rows` has what was predicted [B, T]."""
-    output, mutable = policy(tag_inputs(batch), mutable)
+    output, mutable = policy(token_inputs(batch), mutable)
     predicted = output.logits.argmax(-1)
     total = batch.weights.sum()
     found = {
         "accuracy": (jnp.where(predicted == batch.labels, batch.weights, 0.0).sum(), total),
-        "num_tokens": ((batch.segments >= 0).sum().astype(jnp.float32), jnp.float32(1)),
+        "num_tokens": token_count(batch.segments),
     }
     each = smoothed(output.logits, batch.labels, smoothing)
     rows = {"predicted": predicted, "labels": batch.labels, "weights": batch.weights}
@@ -72,7 +64,7 @@ class TokenClassification(Component):
 
     def inputs(self, batch: TagBatch) -> dict[str, jax.Array]:
         """Tokens and where they stand."""
-        return tag_inputs(batch)
+        return token_inputs(batch)
 
     def coefficients(self) -> dict[str, float]:
         """One term."""

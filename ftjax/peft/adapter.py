@@ -23,9 +23,9 @@ from flax import struct
 from pydantic import Field
 
 from ftjax.errors import ConfigError
-from ftjax.params import ParamSpec, Store, Table, layer_keys, ranged, spec_of
+from ftjax.params import ParamSpec, Store, Table, layer_keys, spec_of
 from ftjax.peft.adapterhub import Arrays, HubCodec, leave_out, only_layers
-from ftjax.peft.base import CONST, FROZEN, Overlay, subset
+from ftjax.peft.base import CONST, FROZEN, Overlay, check_layers, subset
 from ftjax.registry import known, register
 from ftjax.schema import Component
 from ftjax.tree import Rules
@@ -130,9 +130,7 @@ def adapter_sites(table: Table, places: Mapping[str, Input], layers: tuple[int, 
             found[key] = places[place]
     if not found:
         raise ConfigError(f"peft={name}: the model has no attention or feed-forward part to put an adapter behind")
-    beyond = [i for i in layers if not 0 <= i < max(r.stop for k in found if (r := ranged(k)))]
-    if beyond:
-        raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
+    check_layers(layers, found)
     return {part: reads for key, reads in found.items() for part in subset(key, layers)}
 
 

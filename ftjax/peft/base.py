@@ -10,7 +10,7 @@ at a site's path is a tap and is put there. Which arrays are trained is a matter
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -52,6 +52,7 @@ def with_head(rules: Rules, patterns: Sequence[str]) -> Rules:
 
 def cut_for(base: Store, overlay: Overlay, method: Any, table: Table) -> Store:
     """The base cut where its overlay is cut and where the method tells layers apart (outside jit, once)."""
+    base = {k: v.settled() if hasattr(v, "settled") else v for k, v in base.items()}
     at = bounds(overlay)
     for stack, borders in (method.borders(table) if hasattr(method, "borders") else {}).items():
         at.setdefault(stack, set()).update(borders)
@@ -211,6 +212,18 @@ def _no_target(where: str, target: str, kernels: Table) -> str:
     return f"{where}={target!r} matches no weight. " + (
         f"Nearest: {', '.join(near)}" if near else f"Names: {', '.join(names)}"
     )
+
+
+def check_layers(layers: Sequence[int], keys: Iterable[str]) -> None:
+    """Refuses layers that none of `keys` has.
+
+    Raises:
+      ConfigError: with the first of them.
+    """
+    count = max((r.stop for k in keys if (r := ranged(k))), default=0)
+    beyond = [i for i in layers if not 0 <= i < count]
+    if beyond:
+        raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer; it has {count}")
 
 
 def subset(key: str, layers: tuple[int, ...]) -> list[str]:

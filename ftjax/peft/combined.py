@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 
 from ftjax import registry
 from ftjax.errors import ConfigError, DataError, listing
-from ftjax.params import ParamSpec, Store, Table, bounds, cut, ranged, spec_of, unranged
+from ftjax.params import ParamSpec, Store, Table, bounds, cut, in_file, ranged, spec_of, unranged
 from ftjax.peft.base import FROZEN, Overlay, cut_for
 from ftjax.peft.interop import PREFIX, Codec, Tensors, check_settings, load_adapter, save_adapter
 from ftjax.registry import register
@@ -142,9 +142,8 @@ def _has_folder(part: Part, table: Table) -> bool:
 def _layers(key: str, table: Table) -> list[tuple[int | None, str, ParamSpec]]:
     """(index in the stack or None, name in the file, spec of one layer) of a key's layers, but for those without it."""
     spec, r = spec_of(table, key), ranged(key)
-    if r is None:
-        return [(None, PREFIX + spec.hf, spec)]
-    return [(i - r.start, PREFIX + spec.hf.format(i), spec.unstacked) for i in range(max(r.start, spec.since), r.stop)]
+    found = in_file(key, spec)
+    return [(None if r is None or i is None else i - r.start, PREFIX + name, spec.unstacked) for i, name in found]
 
 
 def _tensors(saved: Store, table: Table) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import DataError, listing, nearest
-from ftjax.params import ParamSpec, Ranged, Store, Table, ranged
+from ftjax.params import ParamSpec, Ranged, Store, Table, in_file, ranged
 from ftjax.peft.base import Overlay, is_module
 from ftjax.peft.interop import CONFIG_FILE, PREFIX, Codec, Tensors
 
@@ -39,10 +39,9 @@ def modules_of(table: Table, kinds: Sequence[str] = ("kernel",)) -> dict[str, Mo
     for key, spec in table.items():
         if spec.kind not in kinds or not is_module(spec):
             continue
-        r = ranged(key)
-        for layer in range(r.start, r.stop) if r else (None,):
-            name = spec.hf.format(layer).removesuffix(".weight")
-            found[name] = Module(name, key, layer, spec.unstacked)
+        for layer, name in in_file(key, spec):
+            module = name.removesuffix(".weight")
+            found[module] = Module(module, key, layer, spec.unstacked)
     return found
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ftjax.errors import DataError, listing
-from ftjax.params import Store, Table, ranged
+from ftjax.params import Store, Table, in_file, ranged
 from ftjax.peft.base import Overlay
 from ftjax.peft.interop import PREFIX, Codec, Tensors, check_settings, saved_modules
 from ftjax.peft.modules import Module, selected, targets_of
@@ -36,9 +36,8 @@ def _modules(table: Table) -> dict[str, list[Module]]:
     """Weights and biases of each norm, by the norm's dotted name."""
     found: dict[str, list[Module]] = {}
     for key in norm_keys(table):
-        r, spec = ranged(key), table[key]
-        for layer in range(max(r.start, spec.since), r.stop) if r else (None,):
-            name = spec.hf.format(layer)
+        spec = table[key]
+        for layer, name in in_file(key, spec):
             found.setdefault(name.rsplit(".", 1)[0], []).append(Module(name, key, layer, spec.unstacked))
     return found
 

@@ -23,9 +23,9 @@ from flax import struct
 from pydantic import Field
 
 from ftjax.errors import ConfigError, DataError
-from ftjax.params import ParamSpec, Store, Table, layer_keys, ranged, spec_of, unranged
+from ftjax.params import ParamSpec, Store, Table, layer_keys, spec_of, unranged
 from ftjax.peft.adapterhub import Arrays, HubCodec, hub_name, layer_names
-from ftjax.peft.base import FROZEN, Overlay, subset
+from ftjax.peft.base import FROZEN, Overlay, check_layers, subset
 from ftjax.peft.interop import Tensors
 from ftjax.registry import known, register
 from ftjax.rows import places
@@ -235,9 +235,7 @@ class ReFT(Component):
             )
         reader = unranged(sites[0])  # of an encoder and a decoder, the one that reads the prompt
         sites = [k for k in sites if unranged(k) == reader]
-        beyond = [i for i in self.layers if not 0 <= i < max(r.stop for k in sites if (r := ranged(k)))]
-        if beyond:
-            raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
+        check_layers(self.layers, sites)
         if self.rank > (width := table[sites[0]].shape[-1]):
             raise ConfigError(f"peft.rank={self.rank} exceeds {width}, the width of the hidden values")
         return [part for key in sites for part in subset(key, self.layers)]

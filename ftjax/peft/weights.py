@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from ftjax.errors import ConfigError
 from ftjax.params import ParamSpec, Store, Table, bounds, cut, key_of, ranged, spec_of, unranged
-from ftjax.peft.base import CONST, FROZEN, Overlay, select, subset
+from ftjax.peft.base import CONST, FROZEN, Overlay, check_layers, select, subset
 from ftjax.peft.interop import Tensors, check_settings
 from ftjax.peft.modules import ModuleCodec, per_module
 from ftjax.schema import Component
@@ -44,9 +43,7 @@ class WeightMethod(Component):
 
     def keys(self, table: Table) -> list[str]:
         """Store keys that get a delta."""
-        beyond = [i for i in self.layers if not 0 <= i < max((r.stop for k in table if (r := ranged(k))), default=0)]
-        if beyond:
-            raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
+        check_layers(self.layers, table)
         return [part for key in select(table, self.targets, where="peft.targets") for part in subset(key, self.layers)]
 
     def labels(self, table: Table) -> Rules:
