@@ -67,6 +67,12 @@ def _linear(c: Any, out: int, axes: tuple[str, str], hf: str, name: str, fan: fl
     return Linear(out, axes, hf, False, c.initializer_factor * fan**-0.5, name=name)
 
 
+def prefix_places(segments: tuple[dict[str, Any], ...], like: jax.Array) -> jax.Array:
+    """Positions [B, n] of what taps put before the keys of a stack: -n ... -1, whatever the tokens' own."""
+    n = max(getattr(s.get("attn_kv"), "columns", 0) for s in segments)
+    return jnp.broadcast_to(jnp.arange(-n, 0, dtype=like.dtype), (like.shape[0], n))
+
+
 class SourceKV(nn.Module):
     """Keys and values of one decoder layer over the encoder's values: (k, v) [B, S, N, H]."""
 
@@ -83,7 +89,7 @@ class SourceKV(nn.Module):
 
 
 class T5Block(nn.Module):
-    """One layer of a side. Sites: attn_out, cross_out (decoder), mlp_out, residual."""
+    """One layer of a side. Sites: attn_kv and cross_out (decoder), attn_out, mlp_out, residual."""
 
     config: Any
     side: Side
@@ -114,7 +120,10 @@ class T5Block(nn.Module):
         q = heads(x, 0, "SelfAttention.q", "q", "heads", D * H)
         k, v = (heads(x, 0, f"SelfAttention.{n}", n, "kv", D) for n in "kv")
         kv, cache = extend(cache, layer, k, v, seq)
-        a = attend(q, kv, seq, scale=1.0, causal=self.side == "decoder", bias=bias)
+        if self.side == "decoder":
+            kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
+        own = bias[..., bias.shape[-1] - kv.k.shape[1] :]  # without the columns of a prefix that other layers have
+        a = attend(q, kv, seq, scale=1.0, causal=self.side == "decoder", bias=own)
         a = self.linear(0, "SelfAttention.o", "o", D, ("heads", "embed"), N * H)(a)
         h = h + site(self, "attn_out", a, seq, hidden, residual=h)
         part = 1
