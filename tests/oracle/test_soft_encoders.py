@@ -191,7 +191,7 @@ def test_t5_ours_opens_there(tmp_path, name, projection, record_property):
     torch_t5(tmp_path, T5S[name])
     model, params = hf.load(str(tmp_path))
     method = Prefix(tokens=5, projection=projection, hidden=7)
-    overlay = moved(method.init(jax.random.key(0), model.table, params))
+    overlay = jax.tree.map(lambda x: 4 * x, moved(method.init(jax.random.key(0), model.table, params)))
     assert all(k.startswith("decoder[") for k in overlay)
     save_adapter(
         tmp_path / "a", overlay, model.table, method, base_path=str(tmp_path), task_type="SEQ_2_SEQ_LM"
