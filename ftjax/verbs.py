@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _plain_warning
+            return dispatch(argv)
     except FtjaxError as e:
         print(e, file=sys.stderr)
         return e.exit_code
@@ -73,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = str(e).splitlines()[0]
         print(f"{OUT_OF_MEMORY}\n  {first}", file=sys.stderr)
         return DeviceError.exit_code
+
+
+def _plain_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Warnings as a user reads them, without the line of ours that gave them."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 OUT_OF_MEMORY = (

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from ftjax import envinfo, registry
+from ftjax import envinfo, registry, verbs
 from ftjax.configfile import dump, load
 from ftjax.errors import CheckpointError, DataError, DeviceError
 from ftjax.options import FolderArgs, GenerateArgs
@@ -266,3 +267,15 @@ def test_the_program_itself():
     done = subprocess.run([sys.executable, ROOT / "run.py", "explian"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("no verb 'explian'. Did you mean 'explain'?")
+
+
+def test_warnings_are_one_line_without_a_place_in_the_code(monkeypatch, capsys):
+    def warns(argv):
+        warnings.warn("an answer ends early", stacklevel=2)
+        return 0
+
+    monkeypatch.setattr(verbs, "dispatch", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["generate"]) == 0
+    assert capsys.readouterr().err == "warning: an answer ends early\n"

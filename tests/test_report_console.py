@@ -137,6 +137,13 @@ def test_progress_off_a_terminal_is_a_line_every_so_many_steps():
     assert "loss 2 " in lines[-1]
 
 
+def test_progress_without_tokens_tells_no_speed():
+    stream = io.StringIO()
+    with Console(stream).progress(1, log_every=1) as progress:
+        progress.update(1, loss=1.0, lr=1e-3, grad_norm=0.5, tokens_per_s=0.0, data_wait=0.0, seconds=2.0)
+    assert "grad norm 0.5000  data wait 0%" in stream.getvalue()
+
+
 def test_samples_are_matched_by_prompt():
     lines = said(("samples", BEFORE, AFTER)).splitlines()
     assert lines[:5] == [

@@ -123,11 +123,12 @@ def _curves(history: History) -> str:
     held_out = curve_of(history.evals, "loss")
     losses += [Series("held-out", held_out.x, held_out.y, "points")] if held_out.x else []
     rate = train.get("lr", Curve())
+    speed = timing.get("tokens_per_s")
     charts = [
         chart("loss", losses),
         chart("learning rate", [Series("lr", rate.x, rate.y)], y_text=lambda v: f"{v:.2g}", linear=True),
         chart("gradient norm", _raw_and_smooth(train.get("grad_norm"))),
-        chart("tokens per second", _raw_and_smooth(timing.get("tokens_per_s")), y_text=short),
+        chart("tokens per second", _raw_and_smooth(speed if speed and any(speed.y) else None), y_text=short),
     ]
     return f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
 

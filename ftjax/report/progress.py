@@ -128,10 +128,10 @@ class Progress:
         """What is known after the last step, most important first."""
         if not self._rates:
             return ["waiting for the first step"]
-        left = self.eta
+        left, speed = self.eta, self._mean("tokens_per_s")
         fields = [
             f"loss {number(self._loss.update(math.nan))}", f"lr {self._lr:.2e}", f"grad norm {number(self._norm)}",
-            f"{short(self._mean('tokens_per_s'))} tokens/s", f"data wait {percent(self._mean('data_wait'), 1)}",
+            *([f"{short(speed)} tokens/s"] if speed else []), f"data wait {percent(self._mean('data_wait'), 1)}",
             f"ETA {clock(left) if left is not None else '?'}",
         ]  # fmt: skip
         return fields + ([f"{self.skipped} skipped"] if self.skipped else [])
