@@ -16,6 +16,7 @@ from ftjax.errors import ConfigError
 from ftjax.evals.request import Evaluation, asks, requested
 from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
+from ftjax.models.sources import source_of
 from ftjax.options import FolderArgs, GenerateArgs
 from ftjax.params import Store, join
 from ftjax.quant.base import bits_per_parameter
@@ -107,7 +108,9 @@ def _model_for(args: GenerateArgs) -> tuple[Any, Store, Any]:
     if not (adapter / "adapter_config.json").exists():
         raise ConfigError(f"{args.run} holds neither an adapter nor a model yet: it has not finished training")
     base = run.model.folder
-    loaded = api.load_pretrained(base, dtype=run.model.dtype, adapter=adapter, quantize=run.model.quantize)
+    loaded = api.load_pretrained(
+        base, dtype=run.model.dtype, adapter=adapter, quantize=source_of(run, begins=False).quantize
+    )
     return *loaded, load_tokenizer(base)
 
 

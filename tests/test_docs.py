@@ -14,7 +14,7 @@ from ftjax.config import Run
 from ftjax.explain import first_line
 from ftjax.schema import slot_kind
 from ftjax.words import describe
-from tests.test_matrix import all_cells, covering, impossible
+from tests.test_matrix import QUANTIZED, Cell, all_cells, covering, impossible
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,20 +69,51 @@ def config_page() -> str:
 def matrix_page() -> str:
     cells = all_cells()
     able = [c for c in cells if not impossible(c)]
+    plain = [c for c in able if c.quant == "none"]
     out = [
         "# Which combinations run",
         "",
-        f"Generated from the registries: {len(able)} cells of objective x method x family. A plain `pytest` runs a covering "
-        f"set of {len(covering(able))} of them, `pytest tests/test_matrix.py --matrix=full` all.",
+        f"Generated from the registries: {len(able)} cells of objective x method x family, and some of them over a base in 4 "
+        "bits (`model.quantize=nf4`): every objective with lora, every method over four families. A plain "
+        f"`pytest` runs a covering set of {len(covering(able))} of them, `pytest tests/test_matrix.py --matrix=full` all.",
         "",
         "| objective | method | families |",
         "|---|---|---|",
     ]
-    for pair in dict.fromkeys((c.objective, c.peft) for c in able):
-        out.append(f"| {' | '.join(pair)} | {', '.join(c.family for c in able if (c.objective, c.peft) == pair)} |")
-    reasons = sorted({why for c in cells if (why := impossible(c))})
+    for pair in dict.fromkeys((c.objective, c.peft) for c in plain):
+        out.append(f"| {' | '.join(pair)} | {', '.join(c.family for c in plain if (c.objective, c.peft) == pair)} |")
+    out += over_nf4(cells)
+    reasons = sorted({why for c in cells if c.quant == "none" and (why := impossible(c))})
     out += ["", "## What cannot be", "", *(f"- {why}" for why in reasons or ["nothing so far"])]
     return "\n".join(out) + "\n"
+
+
+def over_nf4(cells: list[Cell]) -> list[str]:
+    """Methods over a quantized base by family: a number where the cell cannot be, with the reason below."""
+    reasons: dict[str, int] = {}
+
+    def entry(objective: str, peft: str, family: str) -> str:
+        why = impossible(Cell(objective, peft, family, "nf4"))
+        return f"({reasons.setdefault(why, len(reasons) + 1)})" if why else "runs"
+
+    methods = registry.known("peft")
+    rows = [f"| {m} | {' | '.join(entry(o, m, f) for f, o in QUANTIZED.items())} |" for m in methods]
+    lora: dict[str, list[str]] = {}
+    for c in cells:
+        if c.quant == "nf4" and c.peft == "lora" and not impossible(c):
+            lora.setdefault(c.objective, []).append(c.family)
+    return [
+        "",
+        "## Over a base in 4 bits",
+        "",
+        f"With lora: {', '.join(f'{o} ({", ".join(f)})' for o, f in lora.items())}.",
+        "",
+        f"| method | {' | '.join(f'{f}, {o}' for f, o in QUANTIZED.items())} |",
+        "|---" * (1 + len(QUANTIZED)) + "|",
+        *rows,
+        "",
+        *(f"({n}) {why}" + ("" if n == len(reasons) else "  ") for why, n in reasons.items()),
+    ]
 
 
 def models_page() -> str:

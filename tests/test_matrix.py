@@ -1,4 +1,5 @@
-"""Every objective x method x family that is registered, through the one step. A new file is tested here the moment it exists.
+"""Every objective x method x family that is registered, and methods over a quantized base, through the one step. A new file is
+tested here the moment it exists.
 
     pytest tests/test_matrix.py                  # a covering set
     pytest tests/test_matrix.py --matrix=full    # every cell; also writes docs/matrix.md
@@ -28,8 +29,11 @@ from ftjax.data.pairs import PairBatch
 from ftjax.data.seq2seq import SeqBatch
 from ftjax.errors import ConfigError
 from ftjax.headspec import VOCABULARY, label_names
+from ftjax.models.sources import trained_keys
 from ftjax.parallel.mesh import Placement, axes_of_store, make_mesh
+from ftjax.params import Store
 from ftjax.peft.base import bind, merge
+from ftjax.quant.base import Quantized, pack_store, refuse_trained
 from ftjax.train.checkpoint import Checkpoints
 from ftjax.train.state import whole
 from tests import tiny, tinymodels
@@ -47,7 +51,9 @@ SMALL = {
 }
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")
-COMMON = ("full", "lora")
+COMMON = ("full", "lora", "prefix")
+# Quantized bases: every method over these families with one objective each, and every objective with lora.
+QUANTIZED = {"llama": "causal_lm", "gpt2": "causal_lm", "bert": "classification", "resnet": "image_classification"}
 WIDE = (TokenBatch, LabelBatch, PairBatch, SeqBatch, ImageBatch)
 # Trained leaves without a gradient, and why.
 STILL = {
@@ -58,6 +64,9 @@ STILL = {
 # becomes a whole step of random sign unless eps is well above it.
 OPTIM = config.Optim(lr=1e-2, weight_decay=0.01, eps=1e-4)
 
+# Half the time to compile, for cells that are only trained.
+QUICK = {"xla_backend_optimization_level": 0}
+
 
 @dc.dataclass(frozen=True)
 class Cell:
@@ -66,9 +75,10 @@ class Cell:
     objective: str
     peft: str
     family: str
+    quant: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.objective}-{self.peft}-{self.family}"
+        return f"{self.objective}-{self.peft}-{self.family}" + ("" if self.quant == "none" else f"-{self.quant}")
 
 
 def impossible(cell: Cell) -> str:
@@ -76,20 +86,31 @@ def impossible(cell: Cell) -> str:
     wanted, had = registry.get("objective", cell.objective).heads, registry.get("family", cell.family).heads
     if not head_kind(cell):
         return f"{cell.objective} needs a head {' or '.join(wanted)}; {cell.family} has {', '.join(had)}"
-    return refused(cell.peft, cell.family)
+    return refused(cell.peft, cell.family, cell.quant)
 
 
 @functools.cache
-def refused(peft: str, family: str) -> str:
-    """Why a method itself refuses a model (no such weights, no biases); empty: it can."""
+def refused(peft: str, family: str, quant: str) -> str:
+    """Why a method itself refuses a model (no such weights, no biases, or it trains what is quantized); empty: it can."""
     table, method = MODELS[family]().table, registry.get("peft", peft)(**SMALL.get(peft, {}))
+    storage = registry.get("quant", quant)()
     try:
+        storage.fit(table)
         method.labels(table)
         if hasattr(method, "keys"):
             method.keys(table)
+        refuse_trained(trained_keys(method, table, storage), method=f"over {quant}: {peft}")
     except ConfigError as error:
         return f"{family}: {str(error).splitlines()[-1].strip()}"
     return ""
+
+
+@functools.cache
+def packed(family: str, quant: str) -> Store:
+    """The quantized weights of a family's blocks, which are the same under any head."""
+    model = MODELS[family]()
+    held = pack_store(registry.get("quant", quant)(), tiny.weights(model), model.table)
+    return {k: v for k, v in held.items() if isinstance(v, Quantized)}
 
 
 def head_kind(cell: Cell) -> str:
@@ -100,20 +121,32 @@ def head_kind(cell: Cell) -> str:
 
 def all_cells() -> list[Cell]:
     names = (registry.known(kind) for kind in ("objective", "peft", "family"))
-    return list(itertools.starmap(Cell, itertools.product(*names)))
+    return [*itertools.starmap(Cell, itertools.product(*names)), *quantized_cells()]
+
+
+def quantized_cells() -> list[Cell]:
+    """Every objective with lora over the first family that it can train, and every method over the families of `QUANTIZED`."""
+    families, cells = sorted(registry.known("family"), key=lambda f: f not in CHEAP), []
+    for objective in registry.known("objective"):
+        able = (c for f in families if not impossible(c := Cell(objective, "lora", f, "nf4")))
+        cells += itertools.islice(able, 1)
+    cells += [Cell(o, peft, family, "nf4") for family, o in QUANTIZED.items() for peft in registry.known("peft")]
+    return list(dict.fromkeys(cells))
 
 
 def covering(cells: list[Cell]) -> list[Cell]:
     """A small set in which every family occurs, every objective with `COMMON` methods, every method with `WIDE` batches.
 
     What a method meets of an objective is the model's inputs and its head, which the kind of batch decides. Greedily,
-    small families first.
+    small families first. Over a quantized base every method occurs, and every objective with lora.
     """
     chosen, seen = [], set()
     for c in sorted(cells, key=lambda c: c.family not in CHEAP):
         batch = registry.get("objective", c.objective).batch
         pairs = {(batch, c.peft) if batch in WIDE else c.objective, c.family}
         pairs |= {(c.objective, c.peft)} if c.peft in COMMON else set()
+        if c.quant != "none":
+            pairs = {(c.quant, c.peft)} | ({(c.quant, c.objective)} if c.peft == "lora" else set())
         if pairs - seen:
             chosen.append(c)
             seen |= pairs
@@ -121,11 +154,11 @@ def covering(cells: list[Cell]) -> list[Cell]:
 
 
 def thorough(cells: list[Cell]) -> set[Cell]:
-    """Those cells that are the first of their objective, method or family: the others are only trained."""
+    """Those cells that are the first of their objective, method, family or storage: the others are only trained."""
     seen: set[tuple[str, str]] = set()
     chosen = set()
     for c in cells:
-        new = {("objective", c.objective), ("peft", c.peft), ("family", c.family)} - seen
+        new = {("objective", c.objective), ("peft", c.peft), ("family", c.family), ("quant", c.quant)} - seen
         seen |= new
         chosen |= {c} if new else set()
     return chosen
@@ -148,15 +181,17 @@ def test_cell(cell, whole, tmp_path):
     peft = registry.get("peft", cell.peft)(**SMALL.get(cell.peft, {}))
     objective = registry.get("objective", cell.objective)()
     labels = label_names(3) if head_kind(cell) not in VOCABULARY else ()
-    t = tiny.tiny(peft, objective, model=MODELS[cell.family](head=objective.head(labels)), optim=OPTIM)
+    model = MODELS[cell.family](head=objective.head(labels))
+    base = tiny.weights(model) | (packed(cell.family, cell.quant) if cell.quant != "none" else {})
+    t = tiny.tiny(peft, objective, model=model, base=base, optim=OPTIM)
     data = tiny.batch_for(objective, 16, micro=2)
     inputs = objective.inputs(jax.tree.map(lambda x: x[0], data))
 
-    adapted = jax.jit(t.model.apply)(bind(t.base, t.overlay), inputs).logits
-    if peft.identity_at_init:
+    if peft.identity_at_init and (whole or cell.quant == "none"):
+        adapted = jax.jit(t.model.apply)(bind(t.base, t.overlay), inputs).logits
         assert (adapted == jax.jit(t.model.apply)(t.base, inputs).logits).all()
 
-    step = jax.jit(t.program.train)
+    step = jax.jit(t.program.train, compiler_options=None if whole else QUICK)
     held = jax.tree.map(np.asarray, t.frozen)
     states = [t.state]
     for _ in range(3):

@@ -91,6 +91,14 @@ class Pretrained(Component):
         yield from (f"{place}  {line}" for line in trained_lines(keys, method="the method"))
 
 
+def source_of(run: Any, *, begins: bool = True) -> Any:
+    """The run's model, its kernels held as the method wants them: LoftQ finds its start as they are read, if a run `begins`."""
+    if not (hasattr(run.peft, "storage") and hasattr(run.model, "quantize")):
+        return run.model
+    held = run.peft.storage(run.model.quantize, begins=begins)
+    return run.model if held is run.model.quantize else run.model.model_copy(update={"quantize": held})
+
+
 def trained_keys(method: Any, table: Table, storage: Storage) -> list[str]:
     """Kernels that `storage` would quantize and `method` would train.
 

@@ -25,12 +25,14 @@ from pydantic import Field, field_validator
 
 from ftjax.errors import ConfigError
 from ftjax.ops import dense
-from ftjax.params import ParamSpec, Store, Table, bounds, cut, ranged, spec_of, unranged
-from ftjax.peft.base import CONST, FROZEN, Overlay, select, subset
+from ftjax.params import ParamSpec, Store, Table, bounds, cut, spec_of, unranged
+from ftjax.peft import loftq
+from ftjax.peft.base import CONST, FROZEN, Overlay, check_layers, select, subset
 from ftjax.peft.interop import Tensors, check_settings
 from ftjax.peft.lora_layers import LoRAConv, LoRAEmbed, dropout
-from ftjax.peft.lora_start import DRAWS, FROM_WEIGHT, from_weight
+from ftjax.peft.lora_start import DRAWS, FROM_QUANTIZED, FROM_WEIGHT, from_weight
 from ftjax.peft.modules import Module, ModuleCodec, Targets, for_module
+from ftjax.quant.base import Storage
 from ftjax.registry import register
 from ftjax.schema import Component
 from ftjax.tree import Rules
@@ -271,8 +273,12 @@ class LoRA(Component):
         description="Ranks of some of the targets: pairs of a name or pattern and a rank; the first that fits counts.",
     )
     alphas: tuple[tuple[str, float], ...] = Field((), description="Alphas of some of the targets, likewise.")
-    start: Literal["uniform", "gaussian", "pissa", "olora"] = Field(
-        "uniform", description="First values of A, with B = 0; or of both, as a part of the weight."
+    start: Literal["uniform", "gaussian", "pissa", "olora", "loftq"] = Field(
+        "uniform",
+        description="First values of A, with B = 0; or of both, as a part of the weight, or as what quantizing it took away.",
+    )
+    loftq_iterations: int = Field(
+        1, gt=0, description="Turns of loftq; beyond the first the base is quantized anew, for this adapter alone."
     )
     train_a: bool = Field(True, description="Whether A is trained; if not, it is LoRA-FA (arXiv:2308.03303).")
 
@@ -301,9 +307,7 @@ class LoRA(Component):
         Raises:
           ConfigError: a layer, a name or a rank that the model does not have.
         """
-        beyond = [i for i in self.layers if not 0 <= i < max((r.stop for k in table if (r := ranged(k))), default=0)]
-        if beyond:
-            raise ConfigError(f"peft.layers={beyond[0]}: the model has no such layer")
+        check_layers(self.layers, table)
         chosen = select(table, self.targets, where="peft.targets", kinds=self.kinds)
         self._check_kinds(table, chosen)
         ranks = self._own(table, chosen, "ranks", self.rank)
@@ -320,7 +324,7 @@ class LoRA(Component):
     def _check_kinds(self, table: Table, chosen: list[str]) -> None:
         """Refuses settings that a chosen convolution or embedding has no use for."""
         other = {table[k].kind: k for k in chosen if table[k].kind != "kernel"}
-        if other and self.start in FROM_WEIGHT:
+        if other and self.start not in DRAWS:
             raise ConfigError(f"peft.start={self.start!r} is for matrices, which {next(iter(other.values()))} is not")
         if "embed" in other and not self.train_a:
             raise ConfigError(f"peft.train_a=False: A of {other['embed']} begins at zero and B would learn nothing")
@@ -346,7 +350,7 @@ class LoRA(Component):
     def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
         """An update of zero, so that the adapted model equals the base."""
         sizes = self.sizes(table)
-        parts = cut(params, bounds(sizes)) if self.start in FROM_WEIGHT else {}
+        parts = cut(params, bounds(sizes)) if self.start not in DRAWS else {}
         return {k: self.delta(key, k, spec_of(table, k), *size, parts.get(k)) for k, size in sizes.items()}
 
     def delta(self, key: jax.Array, path: str, spec: ParamSpec, rank: int, scale: float, base: Any) -> Any:
@@ -356,11 +360,20 @@ class LoRA(Component):
         if self.start in FROM_WEIGHT:
             a, b = from_weight(self.start, base, rank, scale, stacked=spec.stacked)
             return LoRADelta(a, b, *fixed, jnp.copy(a), jnp.copy(b))
+        if self.start in FROM_QUANTIZED:
+            return LoRADelta(*loftq.start(self, path, base, scale), *fixed)
         if spec.kind != "kernel":
             return DELTAS[spec.kind].begin(key, path, spec, rank, *fixed, DRAWS[self.start])
         b = jnp.zeros((*lead, rank, spec.shape[-1]), jnp.float32)
         return LoRADelta(DRAWS[self.start](key, path, spec, rank), b, *fixed)
 
+    def storage(self, quantize: Storage, *, begins: bool = True) -> Storage:
+        """How the base is to be held: as asked, or as LoftQ has it, with what it found for `init` where a run `begins`."""
+        plain = self.start not in FROM_QUANTIZED or not (begins or self.loftq_iterations > 1)
+        return quantize if plain else loftq.LoftQ(storage=quantize, method=self)
+
     def check(self, run: Any) -> Iterable[str]:
-        """Nothing that other parts of a run could contradict."""
-        return ()
+        """The start may need a quantized base."""
+        packs = getattr(getattr(run.model, "quantize", None), "packs", False)
+        if self.start in FROM_QUANTIZED and not packs:
+            yield f"{loftq.refusal(self)}, and model.quantize is none"

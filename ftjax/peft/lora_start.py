@@ -2,6 +2,7 @@
 
 drawn       A random, B = 0
 pissa       A B s = the r largest singular parts of W (Meng et al. 2024, arXiv:2404.02948, eq. 2-4)
+loftq       A B s = the r largest singular parts of what quantizing W takes away; see `ftjax.peft.loftq`
 olora       W^T = Q R; A = the first r rows of R, B = the first r columns of Q (Buyukakyuz 2024, arXiv:2406.01775)
 
     a = DRAWS["gaussian"](key, "layers[0:4]/q/w", spec, rank=8)        # [layers, in, r]
@@ -69,6 +70,8 @@ def olora(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
 
 DRAWS = {"uniform": uniform, "gaussian": gaussian}
 FROM_WEIGHT = {"pissa": pissa, "olora": olora}
+FROM_QUANTIZED = ("loftq",)
+"""Found while the base is read, by `ftjax.peft.loftq`."""
 
 
 def from_weight(name: str, base: Any, rank: int, scale: float, *, stacked: bool) -> tuple[jax.Array, jax.Array]:

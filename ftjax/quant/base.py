@@ -92,17 +92,33 @@ class Storage(Component):
         """Whether a parameter is quantized: kernels of the blocks. Embeddings, norms, biases and heads stay."""
         return self.packs and spec.kind == "kernel" and ranged(key) is not None and len(spec.unstacked.shape) == 2
 
+    def fit(self, table: Table) -> Storage:
+        """This storage for one model, asked once before its kernels come.
+
+        Raises:
+          ConfigError: it has no kernel of a block, as a network of convolutions: a setting that does nothing would pass for
+            one that saves memory.
+        """
+        if self.packs and not any(self.covers(k, s) for k, s in table.items()):
+            kinds = sorted({s.kind for s in table.values() if len(s.unstacked.shape) > 1 and s.kind != "site"})
+            raise ConfigError(
+                f"model.quantize={getattr(self, 'name', '')} holds the linear kernels of stacked blocks in few bits, and the "
+                f"model has none (its arrays are of kind {', '.join(kinds)}): set model.quantize=none"
+            )
+        return self
+
     def pack(self, w: jax.Array, dtype: str) -> Any:
         """One kernel [in, out] as a `Quantized` weight; `dtype` is that of the plain kernel. Pure, for `jax.jit`."""
         raise NotImplementedError
 
-    def encode(self, w: np.ndarray) -> Any:
-        """`pack` of a host array, which is not kept."""
-        return _pack(self, jnp.asarray(np.ascontiguousarray(w), jnp.float32), str(w.dtype))
+    def encode(self, w: np.ndarray, key: str = "", layer: int = 0) -> Any:
+        """`pack` of a host array, which is not kept: the kernel of one layer of a store key, where that matters."""
+        return pack(self, jnp.asarray(np.ascontiguousarray(w), jnp.float32), str(w.dtype))
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _pack(storage: Storage, w: jax.Array, dtype: str) -> Any:
+def pack(storage: Storage, w: jax.Array, dtype: str) -> Any:
+    """``storage.pack``, compiled once per storage and shape."""
     return storage.pack(w, dtype)
 
 
@@ -114,10 +130,10 @@ def stacked(layers: Mapping[int, Any]) -> Any:
 def pack_store(storage: Storage, params: Mapping[str, Any], table: Table) -> Store:
     """A store with its covered kernels quantized."""
 
-    def pack(w: jax.Array) -> Any:
+    def every(w: jax.Array) -> Any:
         return jax.jit(jax.vmap(lambda one: storage.pack(one.astype(jnp.float32), str(w.dtype))))(w)
 
-    return {k: pack(v) if storage.covers(k, table[k]) else v for k, v in params.items()}
+    return {k: every(v) if storage.covers(k, table[k]) else v for k, v in params.items()}
 
 
 def unpack_store(params: Mapping[str, Any]) -> Store:

@@ -28,6 +28,7 @@ from ftjax.data.tokenizer import check_vocab, load_tokenizer
 from ftjax.errors import ConfigError
 from ftjax.models.base import Numerics
 from ftjax.models.several import TaskHead, load_several
+from ftjax.models.sources import source_of
 from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay, cut_for, with_head
