@@ -74,16 +74,17 @@ class Evaluator:
     def held_out(self, state: State) -> dict[str, float]:
         """Loss, perplexity and metrics over the held-out examples; empty when there are none.
 
-        Of several tasks each has its own under its name; "loss" is that of the trained ones, by weight and share.
+        Of several tasks each has its own under its name; "loss" is that of the trained ones that have any, by weight and share.
         """
-        found, whole = {}, 0.0
-        views = self.setup.views
+        found: dict[str, float] = {}
+        whole: list[float] = []
         factors = {t.name: t.factor for t in getattr(self.setup.run.objective, "trained", ())}
-        for view in views:
+        for view in self.setup.views:
             numbers = self._measure(state, view)
             found |= {f"{view.prefix}{k}": v for k, v in numbers.items()}
-            whole += factors.get(view.name, 0.0) * numbers.get("loss", math.nan) if view.name in factors else 0.0
-        return found | ({"loss": whole} if factors and math.isfinite(whole) else {})
+            if view.name in factors and numbers:
+                whole.append(factors[view.name] * numbers["loss"])
+        return found | ({"loss": sum(whole)} if whole else {})
 
     def _measure(self, state: State, view: View) -> dict[str, float]:
         """Loss and metrics of one task's held-out examples."""
@@ -105,7 +106,9 @@ class Evaluator:
         together = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
         # some metrics need what a batch has no room for: names of classes, texts
         examine = getattr(objective, "examine", None)
-        return numbers | (examine(together, examples) if examine else objective.summary(together))
+        numbers |= examine(together, examples) if examine else objective.summary(together)
+        scored = getattr(view.task, "scored", None)  # metrics that belong to the data set
+        return numbers | (scored(together) if scored else {})
 
     def answers(self, state: State) -> tuple[list[Answer], dict[str, float]]:
         """Answers to the fixed held-out prompts of every task that speaks, and the tasks' metrics over them."""
