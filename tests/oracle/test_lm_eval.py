@@ -27,6 +27,7 @@ from ftjax.evals.harness.model import HarnessModel  # noqa: E402
 from ftjax.evals.request import requested  # noqa: E402
 from ftjax.verbs import main  # noqa: E402
 from tests.oracle import torch_llama  # noqa: E402
+from tests.oracle.test_t5 import torch_t5  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 
@@ -87,19 +88,25 @@ def tasks(folder: Path) -> Path:
     return folder
 
 
-def tiny(folder: Path) -> Path:
-    """A random Llama whose tokens are characters, BOS first."""
-    letters = sorted({c for row in ROWS for c in row["question"] + "".join(row["choices"])} | {"\n"})
-    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *letters])}
+def letters(folder: Path, template: str, **special: str) -> int:
+    """Saves a tokenizer whose tokens are characters; gives their number."""
+    text = "".join(row["question"] + "".join(row["choices"]) for row in ROWS)
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "\n", *sorted(set(text))])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    tokens = [(t, vocab[t]) for t in template.split() if t in vocab]
+    tokenizer.post_processor = processors.TemplateProcessing(template, template + " $B", tokens)
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<unk>", **special
     )
-    torch_llama(folder, vocab_size=len(vocab))
     fast.save_pretrained(folder)
+    return len(vocab)
+
+
+def tiny(folder: Path) -> Path:
+    """A random Llama, BOS first."""
+    torch_llama(folder, vocab_size=letters(folder, "<s> $A", bos_token="<s>"))
     return folder
 
 
@@ -124,13 +131,13 @@ def replies(found: dict[str, Any], task: str) -> list[Any]:
     return [r[0] for s in samples for r in s["resps"]]
 
 
-def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Equal log-likelihoods, equal text, equal scores."""
+def same(ours: dict[str, Any], theirs: dict[str, Any], longest: int | None = None) -> None:
+    """Equal log-likelihoods, equal text (up to `longest` characters), equal scores."""
     for task in ("tiny_choice", "tiny_rolling"):
         a, b = (np.array(replies(x, task), np.float64) for x in (ours, theirs))
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-6)
         assert np.ptp(b) > 1
-    assert replies(ours, "tiny_generate") == replies(theirs, "tiny_generate")
+    assert replies(ours, "tiny_generate") == [text[:longest] for text in replies(theirs, "tiny_generate")]
     for task, numbers in theirs["results"].items():
         for key, value in numbers.items():
             if isinstance(value, float):
@@ -147,6 +154,14 @@ def test_a_tiny_model(tmp_path):
     same(ours, results(backend(folder), include))
     assert len(set(replies(ours, "tiny_generate"))) > 3
     assert any(len(text) < 12 for text in replies(ours, "tiny_generate")), "no stop text was met"
+
+
+def test_an_encoder_with_a_decoder(tmp_path):
+    folder, include = tmp_path / "model", tasks(tmp_path / "tasks")
+    torch_t5(folder, {"vocab_size": letters(folder, "$A </s>"), "eos_token_id": 2})
+    ours = results(HarnessModel(*ftjax.load_pretrained(folder), load_tokenizer(folder), batch=4), include)
+    # Of such a model the backend takes max_gen_toks and the prompt's length together for the longest answer.
+    same(ours, results(backend(folder), include), longest=12)
 
 
 def test_our_own_multiple_choice_has_the_same_numbers(tmp_path, shared):
