@@ -69,10 +69,17 @@ class DatasetType:
 
 @dataclass(frozen=True)
 class TypedRows:
-    """Rows that all have one type and passed the checks of its fields."""
+    """Rows that all have one type and passed the checks of its fields.
+
+    Attributes:
+      names: of the classes in their order, where the data set says so; empty: those of the rows.
+      problem: regression or a kind of classification, where the data set says so; empty: as the labels look.
+    """
 
     type: DatasetType
     rows: list[Row]
+    names: tuple[str, ...] = ()
+    problem: str = ""
 
 
 def detect(rows: Sequence[Row]) -> DatasetType:

@@ -6,8 +6,8 @@
     encoded.examples.build([0, 1], 64)          # LabelBatch of two rows
 
 Columns: ``text`` (and ``text_pair``), ``label``. A label is a class (a text, a number or a truth value), a list of classes
-(multi-label), or a number with a fraction (regression). The classes are those of the training rows, numbers in their
-order, texts alphabetically.
+(multi-label), or a number with a fraction (regression). The classes are those that the data set names, else those of the
+training rows, numbers in their order, texts alphabetically.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def encode_labelled(
     """
     bad = bad or BadRows()
     rows, labels = typed.rows, [r["label"] for r in typed.rows]
-    problem = like.problem if like else problem_of(labels)
-    names = like.names if like else (("value",) if problem == REGRESSION else class_names(labels))
+    problem = like.problem if like else typed.problem or problem_of(labels)
+    names = like.names if like else typed.names or (("value",) if problem == REGRESSION else class_names(labels))
     if problem != REGRESSION and len(names) < 2:
         raise DataError(f"every row has the label {', '.join(names)}: there is nothing to tell apart")
     values = _values(rows, names, problem)

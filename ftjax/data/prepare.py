@@ -178,7 +178,10 @@ def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: di
 def _typed(task: Task, split: Split, bad: BadRows, layout: Layout) -> tuple[TypedRows | None, int]:
     rows = task.examples(split, bad=bad)
     read = len(rows) + bad.count
-    return (layout.type_rows(rows, columns=task.columns, bad=bad), read) if rows else (None, read)
+    if not rows:
+        return None, read
+    told = {"names": getattr(task, "labels", ()), "problem": getattr(task, "problem", "")}
+    return replace(layout.type_rows(rows, columns=task.columns, bad=bad), **told), read
 
 
 def leak_warnings(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[str, ...]:

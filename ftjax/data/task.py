@@ -67,6 +67,9 @@ class Task(Protocol):
       columns: renames ``"ours=theirs"``.
       metrics: names of generation metrics for `prompts`, e.g. ``("rouge_l", "token_f1")``.
       wraps: long texts are cut into pieces rather than truncated (corpora for continued pre-training).
+
+    A labelled one may also have ``labels`` (names of its classes in their order), ``problem`` (as transformers'
+    ``problem_type``) and ``scored(rows)``: metrics of its own over the rows of the held-out set, see `LossOutput.rows`.
     """
 
     name: str

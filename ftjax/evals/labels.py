@@ -78,6 +78,12 @@ def macro_f1(table: np.ndarray) -> float:
     return float(np.mean(np.asarray(each)[there]))
 
 
+def binary_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1: [n] both, classes by number; 0 where class 1 is never met."""
+    said, true = predicted == 1, labels == 1
+    return _f1((said & true).sum(), (said & ~true).sum(), (~said & true).sum())
+
+
 def matthews(table: np.ndarray) -> float:
     """Matthews correlation, many classes (Gorodkin 2004); 0 where it is undefined."""
     t, p, n = table.sum(1).astype(float), table.sum(0).astype(float), float(table.sum())
