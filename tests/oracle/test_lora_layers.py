@@ -20,6 +20,7 @@ from ftjax.peft.base import bind, merge  # noqa: E402
 from ftjax.peft.interop import load_adapter, save_adapter  # noqa: E402
 from ftjax.peft.lora import LoRA  # noqa: E402
 from ftjax.peft.modules import per_module  # noqa: E402
+from tests import tinymodels  # noqa: E402
 from tests.oracle import apart, relative, rows, torch_llama  # noqa: E402
 from tests.oracle.test_decoders import torch_decoder  # noqa: E402
 from tests.oracle.test_encoders import torch_model  # noqa: E402
@@ -244,3 +245,11 @@ def test_refused(tmp_path, settings, text):
     model, params = hf.load(str(tmp_path))
     with pytest.raises(ConfigError, match=text):
         LoRA(**settings).init(jax.random.key(0), model.table, params)
+
+
+def test_t5_has_no_module_for_its_common_table():
+    """PEFT adapts the lookups of its two sides one by one; the biases by position are modules of their own."""
+    table = tinymodels.known()["t5"]().table
+    with pytest.raises(ConfigError, match="peft.targets='embed' matches no weight"):
+        LoRA(targets=("embed",)).keys(table)
+    assert LoRA(rank=4, targets=("relative_attention_bias",)).keys(table) == ["encoder_bias/w", "decoder_bias/w"]
