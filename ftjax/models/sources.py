@@ -51,6 +51,7 @@ class Pretrained(Component):
     quantize: Annotated[Any, Slot("quant"), Field(description="How the kernels of the blocks are held.")] = Default(
         "quant", "none"
     )
+    adapter: str = Field("", description="Adapter folder that training goes on from, by the same method; empty: none.")
 
     @property
     def folder(self) -> Path:
@@ -79,6 +80,8 @@ class Pretrained(Component):
 
     def check(self, run: Any) -> Iterator[str]:
         """Quantized kernels cannot be trained. A hub id is judged when it is loaded."""
+        if self.adapter and self is not run.model:
+            yield f"adapter={self.adapter}  only the trained model goes on from an adapter: merge it into {self.path} first"
         file = (embedded_folder() if self.path == EMBEDDED else Path(self.path)) / "config.json"
         if self is not run.model or not self.quantize.packs or not file.is_file():
             return  # a teacher is never trained

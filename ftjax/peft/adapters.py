@@ -106,7 +106,7 @@ class Adapters:
         """
         at = self._number(name)
         file = None if name is None else self.files[name]
-        base = self.base if file is None else self.base | _own(file, self.base)
+        base = self.base if file is None else self.base | own_weights(file, self.base)
         if self.bank is None:
             return bind(base, file.overlay if file else {})
 
@@ -197,7 +197,7 @@ def lora_only(overlays: Sequence[Overlay]) -> bool:
     return bool(overlays) and all(is_lora(o) for o in overlays)
 
 
-def _own(file: AdapterFile, base: Store) -> Store:
+def own_weights(file: AdapterFile, base: Store) -> Store:
     """Weights of the base that an adapter brings along, in the base's dtype and cuts."""
     parts = cut(file.saved, bounds(base))
     return {k: jnp.asarray(v, base[k].dtype) for k, v in parts.items()}

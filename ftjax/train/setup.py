@@ -32,6 +32,7 @@ from ftjax.models.sources import source_of
 from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay, cut_for, with_head
+from ftjax.peft.earlier import start_from
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
@@ -179,6 +180,8 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
+    if earlier := getattr(run.model, "adapter", ""):
+        base, overlay = start_from(earlier, run.peft, overlay, model.table, base, base_path=run.model.label)
     check_places(model, overlay, data.train, data.eval)
     check_places(teacher, {}, data.train, data.eval)
     base = cut_for(base, overlay, run.peft, model.table)
