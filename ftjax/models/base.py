@@ -99,9 +99,9 @@ class Output:
         """The same at some places only, [B, K] of T: their logits alone are computed."""
         return dc.replace(self, hidden=jnp.take_along_axis(self.hidden, columns[..., None], axis=1))
 
-    def nll(self, targets: jax.Array, *, smoothing: jax.Array | float = 0.0) -> Any:
-        """Negative log-likelihood of target ids [B, T] at each place, without holding all logits."""
-        return token_nll(self.head, self.hidden, targets, smoothing=smoothing, chunk=self.chunk)
+    def nll(self, targets: jax.Array, *, smoothing: jax.Array | float = 0.0, lse: bool = False) -> Any:
+        """Negative log-likelihood of target ids [B, T] at each place (and their logsumexp), without holding all logits."""
+        return token_nll(self.head, self.hidden, targets, smoothing=smoothing, chunk=self.chunk, lse=lse)
 
 
 @dc.dataclass(frozen=True)

@@ -116,6 +116,12 @@ class DistillCausalLM(Distilled, CausalLM):
 
     name: Literal["distill_causal_lm"] = "distill_causal_lm"  # type: ignore[assignment]
 
+    def check(self, run: Any) -> Iterator[str]:
+        """A teacher, and no third term."""
+        yield from Distilled.check(self, run)
+        if self.z_loss:
+            yield f"objective.z_loss={self.z_loss:g}  distillation has no such term; set it to 0"
+
     def coefficients(self) -> dict[str, float]:
         """The data's tokens and the teacher's."""
         return self.shares("nll")

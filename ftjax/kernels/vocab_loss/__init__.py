@@ -5,7 +5,7 @@
 Logits exist for one chunk of tokens at a time. When the head is frozen, the gradient with respect to the hidden values is
 formed in the forward pass, chunk by chunk (each row is linear in its cotangent), so nothing is recomputed and no gradient
 of the head is formed (the idea of Liger kernels, arXiv:2410.10989). When the head is trained, the backward pass computes
-the logits again.
+the logits again. With `lse=True` the logsumexp of each token is given too, with its own gradient, e.g. for a z-loss.
 
     out = token_nll(head, hidden, targets, chunk=1024)
     loss = (out.nll * weights).sum() / weights.sum()
