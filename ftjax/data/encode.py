@@ -44,6 +44,8 @@ class EncodeReport:
       trained_tokens: targets with a weight.
       eos_trained: examples in which an EOS is a trained target.
       longest: tokens of the longest example before any cut.
+      removed: rows that cleaning removed.
+      cleaning: what cleaning did (see `ftjax.data.clean`), in words, with counts.
       cache: "off", "hit" or "miss" and why.
       warnings: texts for the user.
     """
@@ -58,12 +60,15 @@ class EncodeReport:
     trained_tokens: int = 0
     eos_trained: int = 0
     longest: int = 0
+    removed: int = 0
+    cleaning: dict[str, int] = field(default_factory=dict)
     cache: str = "off"
     warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as short lines, zero counts left out."""
-        reasons = {"malformed": self.skipped_bad, "too long": self.dropped, "nothing to train": self.zero_trained}
+        reasons = {"malformed": self.skipped_bad, "cleaned away": self.removed, "too long": self.dropped}
+        reasons["nothing to train"] = self.zero_trained
         lost = ", ".join(f"{n:,} {what}" for what, n in reasons.items() if n)
         share = self.trained_tokens / max(self.tokens, 1)
         lines = [
@@ -74,6 +79,8 @@ class EncodeReport:
             lines.append(
                 f"{self.truncated:,} examples cut to max_length ({self.truncated / max(self.examples, 1):.1%})"
             )
+        if self.cleaning:
+            lines.append("cleaning: " + ", ".join(f"{n:,} {what}" for what, n in self.cleaning.items()))
         return lines
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
 from ftjax.data.cache import Cache, Entry
+from ftjax.data.clean import Clean
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.layouts import TEXT, Layout, arrays_of, identity, meta_of, restored
-from ftjax.data.rows import BadRows, Row, row_hash
+from ftjax.data.rows import NEAR_LEAK, BadRows, Row, row_hash
 from ftjax.data.task import Split, Task
 from ftjax.data.templates import resolve_template
 from ftjax.data.tokenizer import check_vocab, tokenizer_hash, tokenizer_warnings
@@ -132,7 +133,7 @@ def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase | None
     options = loader.model_dump(mode="json", include={"max_length", "truncation", "loss_on", "skip_bad"})
     described = task.model_dump(mode="json") if hasattr(task, "model_dump") else {"name": task.name}  # type: ignore[attr-defined]
     return {
-        "task": {k: v for k, v in described.items() if k != "metrics"},
+        "task": _without_idle({k: v for k, v in described.items() if k != "metrics"}),
         "data": task.fingerprint(),
         "tokenizer": tokenizer_hash(tokenizer) if tokenizer else "none",
         **({} if layout == TEXT else {"layout": layout.name}),
@@ -144,6 +145,14 @@ def _parts(task: Task, loader: Loader, tokenizer: PreTrainedTokenizerBase | None
 def _without_places(parts: dict[str, Any]) -> dict[str, Any]:
     """Moved data are the same data: for a checkpoint their content counts (for the cache the place does, for messages)."""
     return {**parts, "task": _placeless(parts["task"])}
+
+
+def _without_idle(value: Any) -> Any:
+    """Cleaning that does nothing is no part of what the data are."""
+    idle = Clean().model_dump(mode="json")
+    if isinstance(value, dict):
+        return {k: _without_idle(v) for k, v in value.items() if k != "clean" or v != idle}
+    return [_without_idle(v) for v in value] if isinstance(value, list) else value
 
 
 def _placeless(value: Any) -> Any:
@@ -159,7 +168,7 @@ def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: di
         raise DataError(f"data={task.name} has no training rows")
     template = resolve_template(tokenizer, task.chat_template) if train.type.conversational else ""
     options: dict[str, Any] = {"template": template, "wrap": task.wraps, **extra}
-    encoded = layout.encode(train, tokenizer, loader, **options, bad=bad, read=read)
+    encoded = _noted(layout.encode(train, tokenizer, loader, **options, bad=bad, read=read), bad)
     eval_bad = BadRows(loader.skip_bad)
     held_out, read = _typed(task, "eval", eval_bad, layout)
     if held_out is None:
@@ -172,12 +181,20 @@ def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: di
     encoded_eval = layout.encode(
         held_out, tokenizer, loader, **options, bad=eval_bad, read=read, required=False, like=encoded.examples
     )
-    return _Content(train.type, encoded, encoded_eval, template, leak_warnings(train.rows, held_out.rows))
+    near = bad.cleaning.get(NEAR_LEAK, 0)
+    warnings = leak_warnings(train.rows, held_out.rows)
+    warnings += (f"{near:,} training rows are {NEAR_LEAK}: the held-out loss is too good",) if near else ()
+    return _Content(train.type, encoded, _noted(encoded_eval, eval_bad), template, warnings)
+
+
+def _noted(encoded: Encoded, bad: BadRows) -> Encoded:
+    """With what cleaning did in the report."""
+    return replace(encoded, report=replace(encoded.report, removed=bad.removed, cleaning=dict(bad.cleaning)))
 
 
 def _typed(task: Task, split: Split, bad: BadRows, layout: Layout) -> tuple[TypedRows | None, int]:
     rows = task.examples(split, bad=bad)
-    read = len(rows) + bad.count
+    read = len(rows) + bad.count + bad.removed
     if not rows:
         return None, read
     told = {"names": getattr(task, "labels", ()), "problem": getattr(task, "problem", "")}

@@ -16,6 +16,7 @@ from typing import Any
 from ftjax.errors import DataError
 
 EXCERPT = 100
+NEAR_LEAK = "equal or similar to a held-out row, and kept"
 
 
 class Row(dict[str, Any]):
@@ -39,14 +40,24 @@ class BadRows:
     Attributes:
       limit: rows tolerated (``loader.skip_bad``).
       problems: text of each one so far.
+      cleaning: counts of what cleaning did (see `ftjax.data.clean`), by what they are.
+      removed: good rows that cleaning removed.
     """
 
     limit: int = 0
     problems: list[str] = field(default_factory=list)
+    cleaning: dict[str, int] = field(default_factory=dict)
+    removed: int = 0
 
     @property
     def count(self) -> int:
         return len(self.problems)
+
+    def note(self, what: str, count: int, *, removed: bool = False) -> None:
+        """Counts what a step of cleaning did."""
+        if count:
+            self.cleaning[what] = self.cleaning.get(what, 0) + count
+            self.removed += count if removed else 0
 
     def add(self, problem: str) -> None:
         """Notes one malformed row.

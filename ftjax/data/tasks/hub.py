@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ftjax.data.clean import Clean
 from ftjax.data.rows import BadRows, Row, held_out_split
 from ftjax.data.task import Prompt, Split, fixed_prompts
 from ftjax.errors import DataError, did_you_mean
@@ -31,14 +32,21 @@ class Hub(Component):
     columns: tuple[str, ...] = Field((), description="Renamed columns, each 'ours=theirs', e.g. 'prompt=question'.")
     metrics: tuple[str, ...] = Field((), description="Generation metrics on held-out prompts, e.g. rouge_l, token_f1.")
     wraps: bool = Field(False, description="Cut long texts into several examples instead of truncating them.")
+    clean: Clean = Clean()
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
-        """Rows of "train" or "eval"."""
+        """Rows of "train" or "eval", cleaned."""
+        bad, aside = bad or BadRows(), BadRows(10**9)
+        compared = split == "train" and self.clean.leaks != "warn"
+        held_out = self.clean(self._split("eval", aside), aside) if compared else ()
+        return self.clean(self._split(split, bad), bad, held_out)
+
+    def _split(self, split: Split, bad: BadRows) -> list[Row]:
         if split == "eval" and self.eval_split:
-            return self._rows(self.eval_split)
+            return self._rows(self.eval_split, bad)
         if split == "eval" and self.eval_share == 0:
             return []
-        rows = self._rows(self.train_split)
+        rows = self._rows(self.train_split, bad)
         return rows if self.eval_split else held_out_split(rows, self.eval_share)[split == "eval"]
 
     def prompts(self, n: int) -> list[Prompt]:
@@ -50,8 +58,9 @@ class Hub(Component):
         splits = [self.train_split, *([self.eval_split] if self.eval_split else [])]
         return {split: self._load(split)._fingerprint for split in splits}
 
-    def _rows(self, split: str) -> list[Row]:
-        return [Row(r, f"{self.id}[{split}]:row {i}") for i, r in enumerate(self._load(split), 1)]
+    def _rows(self, split: str, bad: BadRows) -> list[Row]:
+        rows = (Row(r, f"{self.id}[{split}]:row {i}") for i, r in enumerate(self._load(split), 1))
+        return self.clean.normalised(rows, bad)
 
     def _load(self, split: str) -> Any:
         import datasets

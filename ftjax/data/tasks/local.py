@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ftjax.data.clean import Clean
 from ftjax.data.parsers import TextUnit
 from ftjax.data.reader import SUFFIXES, TEXT_SUFFIXES, check_file, data_files, file_sha256, read_rows, suffix_of
 from ftjax.data.rows import BadRows, Row, held_out_split
@@ -41,6 +42,7 @@ class Local(Component):
     chat_template: str = Field("", description="Built-in name, .jinja file or Jinja text; empty: the tokenizer's own.")
     columns: tuple[str, ...] = Field((), description="Renamed columns, each 'ours=theirs', e.g. 'prompt=question'.")
     metrics: tuple[str, ...] = Field((), description="Generation metrics on held-out prompts, e.g. rouge_l, token_f1.")
+    clean: Clean = Clean()
 
     @property
     def wraps(self) -> bool:
@@ -50,7 +52,13 @@ class Local(Component):
         return self.long_text == "wrap"
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
-        """Rows of "train" or "eval", with `columns` still under their own names."""
+        """Rows of "train" or "eval", cleaned, with `columns` still under their own names."""
+        bad, aside = bad or BadRows(), BadRows(10**9)
+        compared = split == "train" and self.clean.leaks != "warn"
+        held_out = self.clean(self._split("eval", aside), aside) if compared else ()
+        return self.clean(self._split(split, bad), bad, held_out)
+
+    def _split(self, split: Split, bad: BadRows) -> list[Row]:
         train, held_out = self._files()
         if held_out:
             return self._read(held_out if split == "eval" else train, bad)
@@ -69,8 +77,9 @@ class Local(Component):
         train, held_out = self._files()
         return {p.name: file_sha256(p) for p in (*train, *held_out)}
 
-    def _read(self, files: list[Path], bad: BadRows | None) -> list[Row]:
-        return [row for path in files for row in read_rows(path, bad=bad, text_unit=self.text_unit)]
+    def _read(self, files: list[Path], bad: BadRows) -> list[Row]:
+        rows = (row for path in files for row in read_rows(path, bad=bad, text_unit=self.text_unit))
+        return self.clean.normalised(rows, bad)
 
     def _files(self) -> tuple[list[Path], list[Path]]:
         """Training and held-out files."""
