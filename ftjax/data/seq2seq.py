@@ -34,7 +34,7 @@ class SeqBatch:
 
     Attributes:
       tokens, positions, segments: of the sources, as in `TokenBatch`.
-      labels: tokens of the answers; 0 at padding.
+      labels: tokens of the answers; 0 at padding. T may be another one than that of the sources.
       weights: 1 at the tokens of the answers, 0 at padding.
     """
 
