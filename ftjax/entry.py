@@ -23,6 +23,7 @@ from ftjax.quant.base import bits_per_parameter
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.report.console import Console
 from ftjax.train.metrics import read_lines
+from ftjax.train.reference import known
 from ftjax.train.runfolder import RunFolder
 from ftjax.train.session import Evaluator, export, merged, write_model
 from ftjax.train.setup import Setup, prepare
@@ -60,6 +61,7 @@ def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
     if asks(overrides):
         return _measure(folder, requested(overrides), console)
     setup, state, step = _open(folder, overrides, console)
+    setup = known(setup, say=console.note)
     evaluator = Evaluator(setup, console.compiling)
     numbers = evaluator.held_out(state)
     answers, metrics = evaluator.answers(state)

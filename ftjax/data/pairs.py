@@ -3,7 +3,8 @@
     encoded = encode_pairs(typed, tokenizer, Loader(max_length=512))        # rows: prompt, chosen, rejected[, margin]
     encoded.examples.build([[0], [1]], 512)                                 # PairBatch: [2, 2, T], chosen first
 
-Both answers stand in one batch entry, so that they share a device, a dropout mask and one call of the policy.
+Both answers stand in one batch entry, so that they share a device, a dropout mask and one call of the policy. The mismatched
+answers are chosen once, before training, as TRL's are; so what a reference says of every row can be computed once too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class PairBatch:
       weights: 1 at the tokens of the answer, 0 at the prompt and at padding.
       labels: of judged answers 1 good, 0 bad; of preference pairs the margin by which the first is better, else 0. [B]
       rows: 1, or 0 for entries that only fill the batch. [B]
+      reference: log-probabilities of both answers under the reference where they are known beforehand, else None. [B, 2]
     """
 
     tokens: Int32[Any, "*b 2 t"]
@@ -43,6 +45,7 @@ class PairBatch:
     weights: Float32[Any, "*b 2 t"]
     labels: Float32[Any, "*b"]
     rows: Float32[Any, "*b"]
+    reference: Float32[Any, "*b 2"] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,17 @@ class PairExamples:
     """Encoded pairs.
 
     Attributes:
-      first, second: the two rows of each pair, prompt included; of judged answers `second` is the same as `first`, and
-        the mismatched answer is put together when a batch is built.
+      first, second: the two rows of each pair, prompt included; of judged answers `second` has another row's answer.
       labels: see `PairBatch`, [examples].
       kind: "preference" or "judged".
+      reference: see `PairBatch`, [examples, 2]; None where nobody computed it.
     """
 
     first: Examples
     second: Examples
     labels: np.ndarray
     kind: Literal["preference", "judged"]
+    reference: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -85,9 +89,9 @@ class PairExamples:
 
     def take(self, indices: np.ndarray) -> PairExamples:
         """The pairs at `indices`, in that order."""
-        return replace(
-            self, first=self.first.take(indices), second=self.second.take(indices), labels=self.labels[indices]
-        )
+        known = None if self.reference is None else self.reference[indices]
+        first, second = self.first.take(indices), self.second.take(indices)
+        return replace(self, first=first, second=second, labels=self.labels[indices], reference=known)
 
     def build(
         self, rows: Sequence[Sequence[int]], length: int, *, count: int | None = None, key: tuple[int, ...] = (0,)
@@ -95,22 +99,35 @@ class PairExamples:
         """A batch with one pair per row; rows beyond `rows` are padding."""
         n = len(rows) if count is None else count
         indices = [i for (i,) in rows]
-        one = build_rows([[self.first[i]] for i in indices], length, count=n)
-        if self.kind == "preference":
-            two = build_rows([[self.second[i]] for i in indices], length, count=n)
-        else:
-            others = indices[1:] + indices[:1]  # as TRL: the answer of the next row of the batch
-            mixed = [[_mismatched(self.first[i], self.first[j], length)] for i, j in zip(indices, others, strict=True)]
-            two = build_rows(mixed, length, count=n)
+        one, two = (build_rows([[side[i]] for i in indices], length, count=n) for side in (self.first, self.second))
         real = np.zeros(n, np.float32)
         labels = np.zeros(n, np.float32)
         real[: len(indices)], labels[: len(indices)] = 1.0, self.labels[indices]
         fields = ("tokens", "positions", "segments", "weights")
         both = {f: np.stack([getattr(one, f), getattr(two, f)], axis=1) for f in fields}
-        return PairBatch(**both, labels=labels, rows=real)
+        known = None
+        if self.reference is not None:
+            known = np.zeros((n, 2), np.float32)
+            known[: len(indices)] = self.reference[indices]
+        return PairBatch(**both, labels=labels, rows=real, reference=known)
 
 
-def _mismatched(prompt_of: Any, answer_of: Any, length: int) -> Any:
+def mismatched(examples: Examples) -> Examples:
+    """Every prompt with the answer of another example, none used twice; as long as the longest example at most.
+
+    Neighbours are avoided, which often are answers to one prompt: the order is a fixed shuffle, and each takes the next one's.
+    """
+    from ftjax.data.pipeline import permutation  # it needs this module in turn
+
+    n, limit = len(examples), int(examples.lengths.max(initial=0))
+    order = permutation(n, 0)
+    other = np.zeros(n, np.int64)
+    other[order] = np.roll(order, -1)
+    made = Examples.of(_mixed(examples[i], examples[int(j)], limit) for i, j in enumerate(other))
+    return replace(made, rows=examples.rows, origins=examples.origins)
+
+
+def _mixed(prompt_of: Any, answer_of: Any, length: int) -> Any:
     """The prompt of one example with the answer of another, cut right."""
     own, other = int(np.argmax(prompt_of.weights > 0)), int(np.argmax(answer_of.weights > 0))
     ids = np.concatenate([prompt_of.input_ids[:own], answer_of.input_ids[other:]])[:length]
@@ -154,7 +171,7 @@ def encode_judged(
     labels = np.asarray([float(rows[i]["label"]) for i in one.examples.rows], np.float32)
     if len(labels) and options.get("required", True) and len(set(labels.tolist())) == 1:
         raise DataError(f"every row has the label {bool(labels[0])}: KTO needs good and bad answers")
-    return _encoded(PairExamples(one.examples, one.examples, labels, "judged"), one.report, None)
+    return _encoded(PairExamples(one.examples, mismatched(one.examples), labels, "judged"), one.report, None)
 
 
 def _require(found: DatasetType, kind: str, columns: str) -> None:

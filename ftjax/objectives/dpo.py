@@ -4,6 +4,7 @@ loss = -log sigmoid(beta * ((log pi - log ref)(chosen) - (log pi - log ref)(reje
 
     objective=DPO(beta=0.1)
     objective=DPO(loss=("sigmoid", "sft"), loss_weights=(1.0, 0.2))
+    objective=DPO(precompute=True)                  # the reference runs once, before training
 
 The reference is the same base with the overlay as it was before the first step: nothing of it is held twice. The losses
 are those of TRL's DPOTrainer, by its names; which combine, each with its weight.
@@ -23,7 +24,16 @@ from pydantic import Field
 from ftjax.data.pairs import PairBatch
 from ftjax.headspec import HeadSpec
 from ftjax.objectives.base import LossOutput, Policy
-from ftjax.objectives.preference import Answers, answer_mask, answers, pair_inputs, reward_metrics
+from ftjax.objectives.preference import (
+    PRECOMPUTE,
+    Answers,
+    alone,
+    answer_mask,
+    answers,
+    pair_inputs,
+    reference_log_p,
+    reward_metrics,
+)  # fmt: skip
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -128,7 +138,6 @@ LOSSES: dict[str, Callable[[Terms], jax.Array]] = {
 class DPO(Component):
     """Preference loss on pairs against the frozen starting point."""
 
-    needs_reference: ClassVar[bool] = True
     batch: ClassVar[type] = PairBatch
     heads: ClassVar[tuple[str, ...]] = ("causal_lm",)
     usual_lr: ClassVar[tuple[float, float]] = (1e-7, 1e-3)
@@ -148,6 +157,12 @@ class DPO(Component):
         None, ge=0, le=1, description="Weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411)."
     )
     discopop_tau: float = Field(0.05, gt=0, description="discopop: temperature of its mixture.")
+    precompute: bool = Field(False, description=PRECOMPUTE)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the step runs the reference."""
+        return not self.precompute
 
     def head(self, labels: tuple[str, ...], problem: str = "") -> HeadSpec:
         """Next tokens."""
@@ -175,17 +190,16 @@ class DPO(Component):
         inputs = pair_inputs(batch)
         output, mutable = policy(inputs, mutable)
         mine = answers(output, batch)
-        theirs = jax.lax.stop_gradient(answers(reference(inputs), batch))
-        terms = self.terms(mine, theirs, hyper)
+        terms = self.terms(mine, reference_log_p(self, batch, reference, inputs), hyper)
         sums = {name: (LOSSES[name](terms) * batch.rows).sum() for name in self.loss if name != "sft"}
         if "sft" in self.loss:
             sums["sft"] = -(mine.token[:, 0] * batch.rows[:, None]).sum()
         rewards = hyper["beta"] * jnp.stack([terms.good, terms.bad], -1)
         return LossOutput(sums, mutable, reward_metrics(rewards, self.log_p(mine), mine, batch))
 
-    def terms(self, mine: Answers, theirs: Answers, hyper: dict[str, jax.Array]) -> Terms:
-        """What the losses are made of."""
-        own, ref = self.log_p(mine), self.log_p(theirs)
+    def terms(self, mine: Answers, ref: jax.Array, hyper: dict[str, jax.Array]) -> Terms:
+        """What the losses are made of, from the policy's answers and the reference's log-probabilities [B, 2]."""
+        own = self.log_p(mine)
         ratios = own - ref
         scores = self.scores(ratios)
         return Terms(
@@ -224,5 +238,6 @@ class DPO(Component):
                 f"objective.loss_weights={self.loss_weights}  one number per loss type is needed; "
                 f"there are {len(self.loss)}: {', '.join(self.loss)}"
             )
+        yield from alone(self, run)
         if "exo_pair" in self.loss and self.label_smoothing == 0:
             yield "objective.label_smoothing=0.0  exo_pair takes its logarithm; use a value above 0, e.g. 1e-3"

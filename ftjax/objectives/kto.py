@@ -4,10 +4,12 @@ good: w+ (1 - sigmoid(beta (r - z))),   bad: w- (1 - sigmoid(beta (z - r))),   r
 z = max(0, mean of r over prompts with another row's answer), not differentiated
 
     objective=KTO(beta=0.1)
+    objective=KTO(beta=0.1, precompute=True)        # the reference runs once, before training
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -17,7 +19,7 @@ from pydantic import Field
 from ftjax.data.pairs import PairBatch
 from ftjax.headspec import HeadSpec
 from ftjax.objectives.base import LossOutput, Policy, token_count
-from ftjax.objectives.preference import answers, pair_inputs
+from ftjax.objectives.preference import PRECOMPUTE, Answers, alone, answers, pair_inputs, reference_log_p
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -26,7 +28,6 @@ from ftjax.schema import Component
 class KTO(Component):
     """Loss on judged single answers. z is that of a micro-batch, as in TRL that of a device's batch."""
 
-    needs_reference: ClassVar[bool] = True
     batch: ClassVar[type] = PairBatch
     rows: ClassVar[str] = "judged"
     heads: ClassVar[tuple[str, ...]] = ("causal_lm",)
@@ -37,6 +38,12 @@ class KTO(Component):
     loss: Literal["kto", "apo_zero_unpaired"] = Field("kto", description="Loss type, as TRL names it.")
     good: float = Field(1.0, ge=0, description="Weight of good answers.")
     bad: float = Field(1.0, ge=0, description="Weight of bad answers.")
+    precompute: bool = Field(False, description=PRECOMPUTE)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the step runs the reference."""
+        return not self.precompute
 
     def head(self, labels: tuple[str, ...], problem: str = "") -> HeadSpec:
         """Next tokens."""
@@ -62,8 +69,8 @@ class KTO(Component):
         """Sum over the rows."""
         inputs = pair_inputs(batch)
         output, mutable = policy(inputs, mutable)
-        mine, theirs = answers(output, batch), answers(reference(inputs), batch)
-        ratios = mine.sums - jax.lax.stop_gradient(theirs.sums)
+        mine = answers(output, batch)
+        ratios = mine.sums - reference_log_p(self, batch, reference, inputs)
         r, n, beta = ratios[:, 0], batch.rows, hyper["beta"]
         z = (ratios[:, 1] * n).sum() / jnp.maximum(n.sum(), 1.0)
         z = jax.lax.stop_gradient(jnp.maximum(z, 0.0)) if self.loss == "kto" else jnp.float32(0)
@@ -83,6 +90,14 @@ class KTO(Component):
         }  # fmt: skip
         return LossOutput({self.loss: (each * n).sum()}, mutable, found)
 
+    def log_p(self, a: Answers) -> jax.Array:
+        """log pi of both answers [B, 2]."""
+        return a.sums
+
     def summary(self, rows: dict[str, Any]) -> dict[str, float]:
         """Sums over rows say it all."""
         return {}
+
+    def check(self, run: Any) -> Iterable[str]:
+        """Nothing but where the reference's pass stands."""
+        return alone(self, run)

@@ -5,6 +5,9 @@ log pi(y | x) = sum over the answer's tokens of log pi(y_t | x, y_<t)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -69,6 +72,28 @@ def answers(output: object, batch: PairBatch) -> Answers:
     log_p = -token.nll
     parts = (log_p * mask, mask, token.correct * mask, log_p * real, real)
     return Answers(*(x.reshape(shape) for x in parts))
+
+
+def reference_log_p(objective: Any, batch: PairBatch, reference: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    """log ref of both answers [B, 2]: as the batch has them, else by the reference; not differentiated.
+
+    Args:
+      objective: whose ``log_p(answers)`` says how tokens are counted.
+      batch: the pairs.
+      reference: a policy; None where the batch knows.
+      inputs: `pair_inputs(batch)`.
+    """
+    known = batch.reference
+    return jax.lax.stop_gradient(objective.log_p(answers(reference(inputs), batch)) if known is None else known)
+
+
+PRECOMPUTE = "Compute the reference's log-probabilities once, before training, and keep them in the cache of the data."
+
+
+def alone(objective: Any, run: Any) -> Iterator[str]:
+    """A line where `precompute` cannot be honoured: among several tasks."""
+    if objective.precompute and objective is not run.objective:
+        yield "objective.precompute=True  is for a run with one task: the tasks of multi_task have no pass before training"
 
 
 def answer_mask(batch: PairBatch) -> jax.Array:

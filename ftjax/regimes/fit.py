@@ -33,6 +33,7 @@ from ftjax.schema import Component
 from ftjax.train.checkpoint import Checkpoints, Restored
 from ftjax.train.loop import Loop
 from ftjax.train.metrics import MetricLog, read_lines
+from ftjax.train.reference import known
 from ftjax.train.runfolder import RunFolder
 from ftjax.train.session import Answer, Evaluator, export, held_out_examples
 from ftjax.train.setup import Setup, compile_train, prepare
@@ -57,6 +58,7 @@ class Fit(Component):
             setup = prepare(run, say=console.note)
             console.quiet = jax.process_index() != 0
             introduce(setup, console)
+            setup = known(setup, say=console.note)
             step = compiled_step(setup, console)
             _Job(setup, step, console, folder, allow, signals).go()
         return 0

@@ -33,6 +33,7 @@ from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay, cut_for, with_head
 from ftjax.peft.earlier import start_from
+from ftjax.train import reference
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
@@ -205,13 +206,18 @@ def read_data(run: config.Run, tokenizer: Any, mesh: Any) -> tuple[config.Run, P
         run.data, run.loader, tokenizer, seed=run.seed, layout=layout,
         options=getattr(run.objective, "data_options", dict)(),
     )  # fmt: skip
+    data = reference.awaited(data) if reference.wanted(run) else data
+    return run, data, batches_of(run, data)
+
+
+def batches_of(run: config.Run, data: Prepared) -> Batches:
+    """The training batches of a run's one data set."""
     loader = loader_for(run.loader, run.objective)
-    batches = Batches(
+    return Batches(
         data.train, loader=loader, batch=run.train.batch, accumulate=run.train.accumulate, seed=run.seed,
         length=row_length(loader, data.train, data.eval),
         fingerprint=data.fingerprint, shard=(jax.process_index(), jax.process_count()),
     )  # fmt: skip
-    return run, data, batches
 
 
 def read_tasks(run: config.Run, tokenizer: Any, mesh: Any) -> tuple[config.Run, PreparedTasks, TaskBatches]:
