@@ -46,12 +46,39 @@ class Optim(Component):
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     clip: float = Field(default=1.0, ge=0, description="Largest global norm of the trainable gradients; 0 is off.")
     lora_plus: float = Field(default=1.0, gt=0, description="Rate of LoRA's B over A's (LoRA+, arXiv:2402.12354).")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="Decay of a moving average of the trained weights; 0: off.")
+    swa_from: float = Field(
+        default=1.0, ge=0, le=1, description="SWA: share of the steps behind which weights are averaged; 1: off."
+    )
+    swa_every: int = Field(default=1, gt=0, description="SWA: steps from one snapshot to the next.")
+    average_batches: int = Field(
+        default=100, gt=0, description="Training batches that BatchNorm's statistics of averaged weights are taken from."
+    )
+
+    @property
+    def averaging(self) -> Literal["", "ema", "swa"]:
+        """Which average of the weights is kept; empty for none."""
+        return "ema" if self.ema else "swa" if self.swa_from < 1 else ""
 
     def check(self, run: Run) -> Iterator[str]:
         if self.warmup > run.train.steps:
             yield (
                 f"optim.warmup={self.warmup}, train.steps={run.train.steps}  the warm-up is longer than the run, "
                 f"so the peak rate is never reached; at most {run.train.steps}"
+            )
+        if self.ema and self.swa_from < 1:
+            yield f"optim.ema={self.ema:g}, optim.swa_from={self.swa_from:g}  a run keeps one average: leave one of them off"
+        behind = run.train.steps - int(self.swa_from * run.train.steps + 1e-9)
+        if self.averaging == "swa" and behind < self.swa_every:
+            yield (
+                f"optim.swa_from={self.swa_from:g}, optim.swa_every={self.swa_every}  no snapshot would be taken: "
+                f"{behind} of train.steps={run.train.steps} lie behind that share"
+            )
+        pruned = [m.name for m in getattr(run.peft, "methods", (run.peft,)) if hasattr(m, "around")]
+        if self.averaging and pruned:
+            yield (
+                f"optim.{'ema' if self.ema else 'swa_from'}, peft={pruned[0]}  the method takes parts of its update out "
+                "while it trains, and an average of the weights would hold them again"
             )
 
     def advise(self, run: Run) -> Iterator[str]:
@@ -68,6 +95,8 @@ class Optim(Component):
             yield f"optim.decay_share={self.decay_share:g}  has no effect with schedule={self.schedule}"
         if self.schedule == "constant" and self.final:
             yield f"optim.final={self.final:g}  has no effect with schedule=constant"
+        if self.averaging != "swa" and self.swa_every != type(self).model_fields["swa_every"].default:
+            yield f"optim.swa_every={self.swa_every}  has no effect with swa_from=1"
 
 
 class Train(Component):

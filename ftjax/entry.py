@@ -22,6 +22,7 @@ from ftjax.params import Store, join
 from ftjax.quant.base import bits_per_parameter
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.report.console import Console
+from ftjax.train.averaged import averaged, described
 from ftjax.train.metrics import read_lines
 from ftjax.train.reference import known
 from ftjax.train.runfolder import RunFolder
@@ -47,11 +48,20 @@ def check(run: Run) -> int:
 
 
 def _open(folder: Path, overrides: tuple[str, ...], console: Console) -> tuple[Setup, State, int]:
-    """A run folder's setup and the state it would export."""
+    """A run folder's setup and the state it would export, its weights as they were trained."""
     run = load(folder / "config.json", [*overrides, f"out={folder}"])
     setup = prepare(run, say=console.note)
     state, step = restored_state(setup, RunFolder(folder, message=console.note), console.warn)
     console.note(f"{folder}: step {step}")
+    return setup, state, step
+
+
+def _finished(folder: Path, console: Console) -> tuple[Setup, State, int]:
+    """A run folder's setup and the state it would export, its weights averaged where it keeps an average."""
+    setup, state, step = _open(folder, (), console)
+    state = averaged(setup, state)
+    if what := described(setup, state):
+        console.note(what)
     return setup, state, step
 
 
@@ -63,8 +73,9 @@ def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
     setup, state, step = _open(folder, overrides, console)
     setup = known(setup, say=console.note)
     evaluator = Evaluator(setup, console.compiling)
-    numbers = evaluator.held_out(state)
-    answers, metrics = evaluator.answers(state)
+    seen = averaged(setup, state)
+    numbers = evaluator.compared(seen, state)
+    answers, metrics = evaluator.answers(seen)
     console.evaluation(step, numbers | metrics)
     console.samples([], answers)
     return 0
@@ -119,7 +130,7 @@ def _model_for(args: GenerateArgs) -> tuple[Any, Store, Any]:
 def merge(args: FolderArgs) -> int:
     """Writes a run's model with its adapter folded in."""
     console = Console()
-    setup, state, step = _open(args.run, (), console)
+    setup, state, step = _finished(args.run, console)
     _refuse_full(args.to)
     if bits := bits_per_parameter(setup.store(state)["base"]):
         console.note(
@@ -134,7 +145,7 @@ def merge(args: FolderArgs) -> int:
 def export_run(args: FolderArgs) -> int:
     """Writes what a run trained: its adapter, or its model."""
     console = Console()
-    setup, state, step = _open(args.run, (), console)
+    setup, state, step = _finished(args.run, console)
     _refuse_full(args.to)
     console.where({"exported": export(setup, state, args.to, card=_card(setup, step, adapter=setup.adapted))})
     return 0

@@ -26,6 +26,7 @@ from ftjax.models.llama import Llama, LlamaConfig, Rope
 from ftjax.objectives.causal_lm import CausalLM
 from ftjax.peft.base import cut_for, with_head
 from ftjax.peft.lora import LoRA
+from ftjax.train import average
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition
 from ftjax.train.step import Program
@@ -214,7 +215,8 @@ def tiny(
         parts = parts.replace(trainable=jax.tree.unflatten(jax.tree.structure(parts.trainable), drawn))
     rng = params.key_of(jax.random.key(seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
-    state = dc.replace(state, weighting=getattr(objective, "start", dict)())
+    first = average.start(spec.average, state.trainable)
+    state = dc.replace(state, weighting=getattr(objective, "start", dict)(), average=first)
     past = (parts.trainable, parts.mutable) if objective.needs_reference else (None, None)
     teacher = model if hasattr(objective, "teacher") else None  # the same network with other weights
     return Tiny(

@@ -30,6 +30,7 @@ from ftjax.report.memory import MemoryReport, device_bytes, memory_report
 from ftjax.report.parameters import ParameterReport, parameter_report
 from ftjax.report.samples import pair
 from ftjax.schema import Component
+from ftjax.train.averaged import averaged, described
 from ftjax.train.checkpoint import Checkpoints, Restored
 from ftjax.train.loop import Loop
 from ftjax.train.metrics import MetricLog, read_lines
@@ -102,7 +103,8 @@ def memory_of(setup: Setup, step: Any) -> MemoryReport:
     """Bytes by component against the device."""
     return memory_report(
         frozen_bytes=device_bytes(setup.frozen.store), trainable_bytes=device_bytes(setup.state.trainable),
-        opt_bytes=device_bytes(setup.state.opt), reference_bytes=device_bytes((setup.frozen.reference, setup.frozen.teacher)),
+        opt_bytes=device_bytes((setup.state.opt, setup.state.average)),
+        reference_bytes=device_bytes((setup.frozen.reference, setup.frozen.teacher)),
         compiled=step.memory_analysis(), run=setup.run,
     )  # fmt: skip
 
@@ -202,9 +204,10 @@ class _Job:
         return self._measure(state, step).get("loss", float("nan"))
 
     def _measure(self, state: State, step: int) -> dict[str, float]:
-        """Held-out numbers and answers at a step, logged."""
-        numbers = self.evaluator.held_out(state)
-        answers, metrics = self.evaluator.answers(state)
+        """Held-out numbers and answers at a step, logged; of the averaged weights where an average is kept."""
+        seen = averaged(self.setup, state)
+        numbers = self.evaluator.compared(seen, state)
+        answers, metrics = self.evaluator.answers(seen)
         numbers |= metrics
         if numbers:
             self.log.metrics("eval", step, numbers)
@@ -224,7 +227,12 @@ class _Job:
             self.console.note(f"exporting step {chosen}, which has the best held-out loss")
             state = self.checkpoints.load(chosen, setup.state).state
         after = self._logged(chosen) or self._measure(state, chosen)
-        card = card_of(setup, chosen, before, after, adapter=setup.adapted, notes=self._spent(chosen))
+        state = averaged(setup, state)
+        what = described(setup, state)
+        if what:
+            self.console.note(f"exporting: {what}")
+        notes = " ".join(filter(None, (what, self._spent(chosen))))
+        card = card_of(setup, chosen, before, after, adapter=setup.adapted, notes=notes)
         target = export(setup, state, self.folder.path, card=card)
         self.console.comparison(before, after)
         answers = self._samples(0), self._samples(chosen)
@@ -265,7 +273,7 @@ def card_of(
 
 
 def restored_state(setup: Setup, folder: RunFolder, message: Any) -> tuple[State, int]:
-    """The state a finished or interrupted run would export: its best step, or else its last.
+    """The state a finished or interrupted run would export: its best step, or else its last; its weights are the raw ones.
 
     Raises:
       CheckpointError: the run has no checkpoint yet.

@@ -19,6 +19,7 @@ import optax
 
 from ftjax import tree
 from ftjax.config import Optim, Run
+from ftjax.train import average
 
 NO_DECAY = "/no_decay"
 _STACKED = re.compile(r"\[\d+:\d+\]/")
@@ -33,11 +34,14 @@ class OptimSpec:
     clip: bool
     method: Any = None
     """A PEFT method that stands around the optimizer (``around(tx, hyper, step)``), or None."""
+    average: str = ""
+    """The average that is kept of the trained weights: "ema", "swa" or none (see `ftjax.train.average`)."""
 
     @classmethod
     def of(cls, optim: Optim, peft: Any = None) -> OptimSpec:
         """The static part of a config."""
-        return cls(optim.name, optim.schedule, optim.clip > 0, peft if hasattr(peft, "around") else None)
+        method = peft if hasattr(peft, "around") else None
+        return cls(optim.name, optim.schedule, optim.clip > 0, method, optim.averaging)
 
 
 def hyper_of(run: Run) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def hyper_of(run: Run) -> dict[str, Any]:
     numbers = {
         "lr": o.lr, "weight_decay": o.weight_decay, "b1": o.b1, "b2": o.b2, "eps": o.eps, "clip": o.clip,
         "warmup": o.warmup, "total": run.train.steps, "final": o.final, "decay_share": o.decay_share,
-        "lora_plus": o.lora_plus,
+        "lora_plus": o.lora_plus, **average.numbers(o, run.train.steps),
     }  # fmt: skip
     hyper: dict[str, Any] = {k: jnp.float32(v) for k, v in numbers.items()}
     hyper["coef"] = {k: jnp.float32(v) for k, v in run.objective.coefficients().items()}

@@ -86,6 +86,12 @@ class Evaluator:
                 whole.append(factors[view.name] * numbers["loss"])
         return found | ({"loss": sum(whole)} if whole else {})
 
+    def compared(self, seen: State, state: State) -> dict[str, float]:
+        """`held_out` of `seen`; where an average of the weights is kept, also that of the raw `state`, under "raw/"."""
+        numbers = self.held_out(seen)
+        raw = {} if not state.average else numbers if seen is state else self.held_out(state)
+        return numbers | {f"raw/{k}": v for k, v in raw.items()}
+
     def _measure(self, state: State, view: View) -> dict[str, float]:
         """Loss and metrics of one task's held-out examples."""
         examples, objective = held_out_examples(self.setup, view), view.objective

@@ -34,6 +34,7 @@ from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh
 from ftjax.peft.base import Overlay, cut_for, with_head
 from ftjax.peft.earlier import start_from
 from ftjax.train import reference
+from ftjax.train.average import start as start_average
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
@@ -267,7 +268,8 @@ def assemble(
     groups = decay_groups(parts.groups, kinds_of(parts.trainable, model.table))
     rng = params.key_of(jax.random.key(run.seed), "train")
     state = initial(parts, make_tx(spec, groups, hyper, jnp.int32(0)), rng=rng, mutable=parts.mutable, hyper=hyper)
-    state = dc.replace(state, weighting=getattr(run.objective, "start", dict)())
+    first = start_average(spec.average, state.trainable)
+    state = dc.replace(state, weighting=getattr(run.objective, "start", dict)(), average=first)
     # A real copy for the reference: it may not share buffers with what the step is given to consume.
     past = (parts.trainable, parts.mutable) if run.objective.needs_reference else (None, None)
     frozen = Frozen(parts.frozen, *jax.tree.map(jnp.copy, past), teacher=known)

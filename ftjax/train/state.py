@@ -35,6 +35,7 @@ class State:
       hyper: numbers of the run as arrays (see `ftjax.train.optimizer.hyper_of`).
       weighting: what is learned of the weights of several tasks (see `ftjax.objectives.weighting`); mostly empty.
     """
+      average: "count" values taken and their "mean", like `trainable` (see `ftjax.train.average`); empty when off.
 
     step: jax.Array
     trainable: Any
@@ -45,6 +46,7 @@ class State:
     hyper: Any
     weighting: Any = struct.field(default_factory=dict)
 
+    average: Any = struct.field(default_factory=dict)
 
 @struct.dataclass
 class Frozen:

@@ -20,6 +20,7 @@ import optax
 from ftjax import tree
 from ftjax.objectives.base import LossOutput
 from ftjax.peft.base import bind
+from ftjax.train import average
 from ftjax.train.optimizer import OptimSpec, clip_by_norm, learning_rate, make_tx
 from ftjax.train.state import Frozen, State
 from ftjax.train.weighted import combined, measured
@@ -134,9 +135,12 @@ class Program:
         trainable = optax.apply_updates(state.trainable, updates)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         nxt = dc.replace(
+        step, trainable = state.step + 1, keep(trainable, state.trainable)
+        kind = self.optim.average
             state,
-            step=state.step + 1,
-            trainable=keep(trainable, state.trainable),
+            step=step,
+            trainable=trainable,
+            average=average.moved(kind, state.average, trainable, state.hyper, step=step, taken=finite),
             opt=keep(opt, state.opt),
             mutable=keep(mutable, state.mutable),
             weighting=keep(learned, state.weighting),
