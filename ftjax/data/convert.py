@@ -39,6 +39,8 @@ def convert(row: Row) -> Row:
         return _alpaca(row)
     if "conversations" in row:
         return _sharegpt(row)
+    if isinstance(row.get("messages"), list) and all(isinstance(row.get(k), dict) for k in ("chosen", "rejected")):
+        return _answered(row, row["messages"], drop=("messages",))
     tag = next((k for k in ("kto_tag", "label") if isinstance(row.get(k), bool)), None)
     if tag and isinstance(row.get("messages"), list):
         return _split_last(row, row["messages"], label=row[tag], drop=("messages", tag))
@@ -72,6 +74,8 @@ def _alpaca(row: Row) -> Row:
         answers = {}
     else:
         answers = {"completion": [_message("assistant", row["output"])]}
+        if isinstance(row.get("kto_tag"), bool):
+            answers["label"] = rest.pop("kto_tag")
     return Row({**rest, "prompt": prompt, **answers}, row.origin)
 
 
@@ -84,11 +88,17 @@ def _sharegpt(row: Row) -> Row:
         messages.insert(0, _message("system", row["system"]))
     rest = {k: v for k, v in row.items() if k not in ("conversations", "system")}
     if isinstance(row.get("chosen"), dict) and isinstance(row.get("rejected"), dict):
-        answers = {k: [_turn(row, k, row[k])] for k in ("chosen", "rejected")}
-        return Row({**rest, "prompt": messages, **answers}, row.origin)
+        return _answered(row, messages, drop=("conversations", "system"))
     if isinstance(row.get("kto_tag"), bool):
         return _split_last(row, messages, label=row["kto_tag"], drop=("conversations", "system", "kto_tag"))
     return Row({**rest, "messages": messages}, row.origin)
+
+
+def _answered(row: Row, messages: list[dict[str, Any]], *, drop: tuple[str, ...]) -> Row:
+    """A conversation with two last turns to choose from."""
+    rest = {k: v for k, v in row.items() if k not in drop}
+    answers = {k: [_turn(row, k, row[k])] for k in ("chosen", "rejected")}
+    return Row({**rest, "prompt": messages, **answers}, row.origin)
 
 
 def _turn(row: Row, field: str, turn: Any) -> dict[str, Any]:
