@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from ftjax.objectives.span_corruption import SpanCorruption
 from tests import tiny, tinymodels
 from tests.test_data_helpers import tiny_tokenizer
 
-OPTIONS = {"share": 0.15, "mean_span": 3.0}
+OPTIONS: dict[str, Any] = {"share": 0.15, "mean_span": 3.0}
 
 
 @pytest.fixture(scope="module")

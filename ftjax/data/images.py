@@ -5,7 +5,8 @@
     examples.build([[0], [1]], key=(seed, step))          # training: cropped and flipped
 
 Augmentation is a function of the picture, its index and the key (the seed with the step or the epoch), so that resuming
-gives the same batches.
+gives the same batches. So is mix-up, of the batch and the key: x = s x_i + (1 - s) x_j with the labels likewise,
+s ~ Beta(a, a) for each pair, j by a random order of the batch (Zhang et al. 2018, arXiv:1710.09412).
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ class ImageBatch:
       pixels: normalised, channels first, as transformers' ``pixel_values``.
       labels: class of each.
       weights: of each row; 0 for rows that only fill the batch.
+      others: class of the picture that each is mixed with; None where nothing is mixed.
+      share: of the first of the two, in the pixels and in the target; 1 is the picture alone.
     """
 
     pixels: Float32[Any, "*b c h w"]
     labels: Int32[Any, "*b"]
     weights: Float32[Any, "*b"]
+    others: Int32[Any, "*b"] | None = None
+    share: Float32[Any, "*b"] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,16 @@ def augment(pixels: np.ndarray, recipe: Recipe, *, key: tuple[int, ...], index: 
     return pixels[:, :, ::-1] if recipe.flip and mirror >> 63 else pixels
 
 
+def mix(batch: ImageBatch, alpha: float, *, real: int, key: tuple[int, ...]) -> ImageBatch:
+    """Mix-up of the first `real` rows among themselves, decided by the key alone."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((*key, 0x6D6978, 1))))
+    partner, share = np.arange(len(batch.labels)), np.ones(len(batch.labels), np.float32)
+    partner[:real], share[:real] = rng.permutation(real), rng.beta(alpha, alpha, real)
+    own = share[:, None, None, None]
+    pixels = own * batch.pixels + (1 - own) * batch.pixels[partner]
+    return ImageBatch(pixels, batch.labels, batch.weights, batch.labels[partner], share)
+
+
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Bilinear enlargement of pictures [..., H, W] to [..., size, size], as torch's `interpolate` without aligned corners."""
 
@@ -153,6 +168,8 @@ class ImageExamples:
       names: of the classes.
       origins: place of each source row.
       mean, std, padding, flip: see `Recipe`.
+      mixup: a of the mix-up of batches; 0: none.
+      soft: whether batches have `others` and `share`, mixed or not: held-out ones are shaped as the training ones.
     """
 
     images: np.ndarray
@@ -164,6 +181,8 @@ class ImageExamples:
     std: tuple[float, ...] = ()
     padding: int = 0
     flip: bool = False
+    mixup: float = 0.0
+    soft: bool = False
 
     @classmethod
     def of(
@@ -210,7 +229,8 @@ class ImageExamples:
 
     def fingerprint(self) -> dict[str, Any]:
         """What says that these are the same pictures in the same order, treated in the same way."""
-        return {**identity(self), "recipe": [self.mean, self.std, self.padding, self.flip]}
+        recipe = [self.mean, self.std, self.padding, self.flip, *([self.mixup] if self.mixup else [])]
+        return {**identity(self), "recipe": recipe}
 
     def build(
         self, rows: Sequence[Sequence[int]], length: int = 0, *, count: int | None = None,
@@ -222,7 +242,7 @@ class ImageExamples:
           rows: index of each row's picture.
           length: no use here.
           count: B; by default one per entry.
-          key: of this step or epoch, the run's seed included; decides the augmentation. None: no augmentation.
+          key: of this step or epoch, the run's seed included; decides augmentation and mix-up. None: neither.
         """
         n = len(rows) if count is None else count
         pixels = np.zeros((n, *self.images.shape[1:]), np.float32)
@@ -232,7 +252,10 @@ class ImageExamples:
             if key is not None:  # by the source row, so that a subset of the pictures is treated as the whole is
                 one = augment(one, self.recipe, key=key, index=int(self.rows[i]))
             pixels[r], labels[r], weights[r] = normalise(one, self.recipe), self.labels[i], 1.0
-        return ImageBatch(pixels, labels, weights)
+        batch = ImageBatch(pixels, labels, weights)
+        if key is not None and self.mixup:
+            return mix(batch, self.mixup, real=len(rows), key=key)
+        return batch.replace(others=labels, share=np.ones(n, np.float32)) if self.soft else batch  # pyright: ignore
 
 
 # Rows of a data set ----------------------------------------------------------------------------------------------------
@@ -258,12 +281,12 @@ def type_images(rows: Sequence[Row], *, columns: Sequence[str] = (), bad: BadRow
 
 def encode_images(
     typed: TypedRows, tokenizer: Any, loader: Loader, *, bad: BadRows | None = None, read: int | None = None,
-    like: ImageExamples | None = None, **_: Any,
+    like: ImageExamples | None = None, mixup: float = 0.0, **_: Any,
 ) -> Encoded:  # fmt: skip
     """Stacks the pictures and numbers the classes.
 
     Held-out pictures are those with `like`, the training pictures, whose classes and size they must have; they are never
-    augmented.
+    augmented or mixed.
 
     Raises:
       DataError: pictures of several sizes, a class that training does not have, or only one class.
@@ -282,6 +305,7 @@ def encode_images(
     recipe, origins = rows[0]["image"].recipe, tuple(r.origin for r in rows)
     recipe = replace(recipe, padding=0, flip=False) if like else recipe
     made = ImageExamples.of(images, labels, names=names, recipe=recipe, origins=origins)
+    made = replace(made, mixup=0.0 if like else mixup, soft=mixup > 0)
     warnings = (bad.summary(),) if bad.count else ()
     count = len(rows) + bad.count if read is None else read
     return Encoded(made, EncodeReport(read=count, skipped_bad=bad.count, examples=len(rows), warnings=warnings))
