@@ -202,7 +202,10 @@ def tiny(
     base = weights(model) if base is None else base
     overlay = peft.init(params.key_of(jax.random.key(seed), "peft"), model.table, base)
     base = cut_for(base, overlay, peft, model.table)
-    parts = partition(base, overlay, model.table, with_head(peft.labels(model.table), model.always_trained))
+    teacher = model if hasattr(objective, "teacher") else None  # the same network with other weights
+    own = objective.learned(model, teacher, jax.random.key(seed)) if teacher else {}
+    rules = with_head(peft.labels(model.table), model.always_trained)
+    parts = partition(base, overlay, model.table, rules, own)
     optim = optim or config.Optim(lr=1e-2, weight_decay=0.01)
     run: Any = SimpleNamespace(optim=optim, train=config.Train(steps=steps), objective=objective)
     spec, hyper = OptimSpec.of(optim, peft), hyper_of(run)
@@ -218,7 +221,6 @@ def tiny(
     first = average.start(spec.average, state.trainable)
     state = dc.replace(state, weighting=getattr(objective, "start", dict)(), average=first)
     past = (parts.trainable, parts.mutable) if objective.needs_reference else (None, None)
-    teacher = model if hasattr(objective, "teacher") else None  # the same network with other weights
     return Tiny(
         model,
         base,

@@ -82,12 +82,14 @@ class Output:
       cache: keys and values when decoding.
       mutable: running statistics after this batch, by store key; empty unless the model has any and trains them.
       chunk: tokens whose logits may exist at once.
+      layers: hidden values after every layer [L, B, T, D], where they were asked for.
     """
 
     hidden: jax.Array
     head: Head
     cache: Cache | None = None
     mutable: Store = struct.field(default_factory=dict)
+    layers: jax.Array | None = None
     chunk: int = struct.field(pytree_node=False, default=0)
 
     @property

@@ -248,8 +248,9 @@ Body = Callable[[dict, jax.Array, jax.Array | int, Any], tuple[jax.Array, Any]]
 
 
 def run_stack(
-    body: Body, segments: tuple[dict, ...], h: jax.Array, cache: Any, *, unroll: bool, remat: str
-) -> tuple[jax.Array, Any]:
+    body: Body, segments: tuple[dict, ...], h: jax.Array, cache: Any, *, unroll: bool, remat: str,
+    each: list[jax.Array] | None = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Runs ``h, cache = body(params, h, layer, cache)`` over all layers of all segments.
 
     The cache is part of the carry, not of scan's inputs and outputs: there it would exist twice.
@@ -261,6 +262,7 @@ def run_stack(
       cache: passed from layer to layer.
       unroll: a Python loop instead of `jax.lax.scan`.
       remat: "none", "dots" (keep matrix products) or "full" (keep only layer inputs).
+      each: filled with the hidden values after every layer, [n, ...] of each segment; None: they are not kept.
     """
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
@@ -271,11 +273,16 @@ def run_stack(
         if unroll:
             for i in range(n):
                 h, cache = body(jax.tree.map(lambda x, i=i: x[i], params), h, at + i, cache)
+                if each is not None:
+                    each.append(h[None])
         else:
 
-            def step(carry: Any, xs: Any) -> tuple[Any, None]:
-                return body(xs[0], carry[0], xs[1], carry[1]), None
+            def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+                out = body(xs[0], carry[0], xs[1], carry[1])
+                return out, None if each is None else out[0]
 
-            (h, cache), _ = jax.lax.scan(step, (h, cache), (params, jnp.arange(at, at + n)))
+            (h, cache), kept = jax.lax.scan(step, (h, cache), (params, jnp.arange(at, at + n)))
+            if each is not None:
+                each.append(kept)
         at += n
     return h, cache

@@ -162,6 +162,7 @@ class T5(Transformer):
     )  # fmt: skip
     reads_apart: ClassVar[bool] = True
     unties: ClassVar[bool] = True
+    gives_layers: ClassVar[bool] = False
 
     @property
     def entrance(self) -> nn.Module:
@@ -205,8 +206,9 @@ class T5(Transformer):
         return found | declare(self.head_module, h, seq, embedding)
 
     def apply(
-        self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True, train: bool = False
-    ) -> Output:
+        self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True,
+        train: bool = False, layers: bool = False,
+    ) -> Output:  # fmt: skip
         """Hidden values of the decoder and the head, for sources and what has been said of the answers.
 
         Args:
@@ -216,7 +218,7 @@ class T5(Transformer):
             are shifted right behind the start token. Where `first` is false, the unprefixed names are the answer's.
           cache: see `new_cache`; the answer's tokens come after what it holds.
           first: whether the source is read now rather than found in the cache.
-          train: of no consequence here.
+          train, layers: of no consequence here.
 
         Raises:
           ConfigError: neither "decoder_input_ids" nor "labels".

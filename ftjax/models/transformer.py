@@ -124,9 +124,13 @@ class Transformer(Model):
         """The longest text, answer included; None where there is no end to it."""
         return self.config.max_position_embeddings
 
+    gives_layers: ClassVar[bool] = True
+    """Whether `apply` takes `layers`."""
+
     def apply(
-        self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True, train: bool = False
-    ) -> Output:
+        self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True,
+        train: bool = False, layers: bool = False,
+    ) -> Output:  # fmt: skip
         """Hidden values and the head for a batch of token rows.
 
         Args:
@@ -136,6 +140,7 @@ class Transformer(Model):
           cache: see `Decoder.new_cache`; the tokens come after what it holds.
           first: whether these tokens begin their sequence (all of it, or the prefill) rather than continue one.
           train: of no consequence here: there are no running statistics.
+          layers: whether to give the hidden values after every layer too.
 
         Returns:
           The output of the last T places; `cache` moved on when given.
@@ -150,7 +155,8 @@ class Transformer(Model):
             return block.apply({"params": layer_params}, h, rest, layer, cache)
 
         n = self.numerics
-        h, cache = run_stack(body, p["layers"], seq.h, cache, unroll=n.layers == "unroll", remat=n.remat)
+        each: list[jax.Array] | None = [] if layers else None
+        h, cache = run_stack(body, p["layers"], seq.h, cache, unroll=n.layers == "unroll", remat=n.remat, each=each)
         if cache is not None:
             cache = dc.replace(cache, at=cache.at + seq.positions.shape[1])
         own = jax.tree.map(lambda x: x[:, -T:], rest)  # whatever a soft prompt put in front is cut off here
@@ -159,7 +165,8 @@ class Transformer(Model):
             h = self.norm.apply({"params": p["norm"]}, h)
         made: Any = self.head_module.apply({"params": p}, h, own, p["embed"]["w"])
         hidden, head = made
-        return Output(hidden, head, cache, chunk=n.loss_chunk)
+        every = jnp.concatenate(each)[:, :, -T:] if each else None
+        return Output(hidden, head, cache, chunk=n.loss_chunk, layers=every)
 
     def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any:
         """The batch as the first layer meets it: tokens embedded, a soft prompt's columns in front. `p` is nested."""

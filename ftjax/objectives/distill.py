@@ -8,7 +8,7 @@ loss = (1 - a) CE(y, z) + a T^2 D(softmax(z' / T) || softmax(z / T)),   z' the t
 Three objectives, one per kind of head; each is the plain objective of its head with a second term. D is the forward or the
 reverse Kullback-Leibler divergence or the generalized Jensen-Shannon divergence of TRL's GKD (arXiv:2306.13649). Over a
 vocabulary the logits of both models exist for one chunk of tokens at a time. The teacher is loaded once, has no gradient,
-and is in no checkpoint and no export.
+and is in no checkpoint and no export. A term for hidden values can be added (see `ftjax.objectives.hints`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ftjax.kernels.vocab_loss import over_pairs
 from ftjax.objectives.base import LossOutput, Policy, token_count
 from ftjax.objectives.causal_lm import CausalLM, shift
 from ftjax.objectives.classification import Classification, smoothed
+from ftjax.objectives.hints import Hints
 from ftjax.objectives.masked_lm import MaskedLM
 from ftjax.registry import register
-from ftjax.schema import Component, Default, Slot
+from ftjax.schema import Default, Slot
 
 
 def kl(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
 """Divergence over the last axis of (teacher's, student's) log-probabilities, and beta."""
 
 
-class Distilled(Component):
+class Distilled(Hints):
     """What the three objectives have in common: the teacher and the distance from it."""
 
     teacher: Annotated[Any, Slot("model"), Field(description="The frozen model that is learned from.")] = Default(
@@ -63,8 +64,8 @@ class Distilled(Component):
     beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture.")
 
     def shares(self, hard: str) -> dict[str, float]:
-        """Factors of the labels' term and of the divergence."""
-        return {hard: 1 - self.alpha, "divergence": self.alpha}
+        """Factors of the labels' term, of the divergence, and of the hidden values where they are compared."""
+        return {hard: 1 - self.alpha, "divergence": self.alpha} | self.hint_share()
 
     def numbers(self) -> dict[str, float]:
         """Numbers of the divergence that enter the step as arrays."""
@@ -104,7 +105,8 @@ class Distilled(Component):
 
     def advise(self, run: Any) -> Iterator[str]:
         """Settings that are probably not meant."""
-        if self.alpha == 0:
+        yield from self.advise_hints()
+        if self.alpha == 0 and not self.hidden:
             yield "objective.alpha=0.0  the teacher is computed and has no effect"
         if self.teacher == run.model:
             yield f"objective.teacher.path={self.teacher.path}  is the model that is trained: it learns from its own start"
@@ -132,13 +134,15 @@ class DistillCausalLM(Distilled, CausalLM):
 
     def weights(self, batch: Any) -> dict[str, jax.Array]:
         """Trained tokens, for both terms."""
-        return dict.fromkeys(("nll", "divergence"), shift(batch)[1].sum())
+        return dict.fromkeys(("nll", "divergence"), shift(batch)[1].sum()) | self.hint_weight(batch)
 
     def __call__(self, policy: Policy, batch: Any, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
         """Sums over the trained tokens; `reference` is the teacher."""
-        output, mutable = policy(self.inputs(batch), mutable)
+        output, mutable = policy(self.inputs(batch), mutable, **self.watched())
+        known = reference(self.inputs(batch), **self.watched())
         targets, weights = shift(batch)
-        sums, found = self.language(output, reference(self.inputs(batch)), targets, weights, hyper)
+        sums, found = self.language(output, known, targets, weights, hyper)
+        sums |= self.hint(output, known, batch, hyper)
         return LossOutput(sums, mutable, found | {"num_tokens": (weights.sum(), jnp.float32(1))})
 
 
@@ -158,15 +162,18 @@ class DistillMaskedLM(Distilled, MaskedLM):
 
     def weights(self, batch: Any) -> dict[str, jax.Array]:
         """Chosen tokens, for both terms."""
-        return dict.fromkeys(("nll", "divergence"), self._chosen(batch)[0].sum())
+        count: jax.Array = self._chosen(batch)[0].sum()
+        return {"nll": count, "divergence": count} | self.hint_weight(batch)
 
     def __call__(self, policy: Policy, batch: Any, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
         """Sums over the chosen tokens; `reference` is the teacher."""
-        output, mutable = policy(self.inputs(batch), mutable)
+        output, mutable = policy(self.inputs(batch), mutable, **self.watched())
+        known = reference(self.inputs(batch), **self.watched())
         weights, at = self._chosen(batch)
-        mine, theirs = (out.at(at) for out in (output, reference(self.inputs(batch))))
+        mine, theirs = (out.at(at) for out in (output, known))
         targets = jnp.take_along_axis(batch.targets, at, axis=1)
         sums, found = self.language(mine, theirs, targets, weights, hyper)
+        sums |= self.hint(output, known, batch, hyper)
         return LossOutput(sums, mutable, found | {"num_tokens": token_count(batch.segments)})
 
 
@@ -186,12 +193,20 @@ class DistillClassification(Distilled, Classification):
 
     def weights(self, batch: LabelBatch) -> dict[str, jax.Array]:
         """Rows: by the weight of their class for the labels, plain for the teacher."""
-        return Classification.weights(self, batch) | {"divergence": batch.weights.sum()}
+        return Classification.weights(self, batch) | {"divergence": batch.weights.sum()} | self.hint_weight(batch)
 
     def __call__(self, policy: Policy, batch: LabelBatch, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
         """Sums over the rows; `reference` is the teacher."""
-        out = Classification.__call__(self, policy, batch, reference=None, mutable=mutable, hyper=hyper)
-        known = jax.lax.stop_gradient(reference(self.inputs(batch)).logits)
+        said: list[Any] = []
+
+        def noted(inputs: Any, mutable: Any) -> Any:
+            output, mutable = policy(inputs, mutable, **self.watched())
+            said.append(output)
+            return output, mutable
+
+        out = Classification.__call__(self, noted, batch, reference=None, mutable=mutable, hyper=hyper)
+        known = reference(self.inputs(batch), **self.watched())
         measure = self.distance_each if batch.labels.ndim == 2 else self.distance
-        each = measure(known, out.rows["logits"], hyper)
-        return out.replace(sums=out.sums | {"divergence": (each * batch.weights).sum()})  # pyright: ignore
+        each = measure(jax.lax.stop_gradient(known.logits), out.rows["logits"], hyper)
+        more = {"divergence": (each * batch.weights).sum()} | self.hint(said[0], known, batch, hyper)
+        return out.replace(sums=out.sums | more)  # pyright: ignore

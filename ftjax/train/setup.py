@@ -187,7 +187,10 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     check_places(model, overlay, data.train, data.eval)
     check_places(teacher, {}, data.train, data.eval)
     base = cut_for(base, overlay, run.peft, model.table)
-    parts = partition(base, overlay, model.table, with_head(run.peft.labels(model.table), model.always_trained))
+    rng = params.key_of(jax.random.key(run.seed), "objective")
+    own = run.objective.learned(model, teacher, rng) if hasattr(run.objective, "learned") else {}
+    rules = with_head(run.peft.labels(model.table), model.always_trained)
+    parts = partition(base, overlay, model.table, rules, own)
     store = {"base": base, "overlay": overlay}
     axes = axes_of_store(store, model.table)
     axes |= axes_of_store({"teacher": known}, teacher.table) if teacher and known else {}

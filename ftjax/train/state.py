@@ -2,7 +2,8 @@
 
 The store of a run is ``{"base": ..., "overlay": ...}``. Labels split it once, before the first step: `State.trainable` and
 `State.const` travel through the step; `Frozen` is a separate argument, never donated, returned or saved. Running statistics
-(leaves of kind "stat") are taken out before that: they change without gradients, and travel as `State.mutable`.
+(leaves of kind "stat") are taken out before that: they change without gradients, and travel as `State.mutable`. What an
+objective learns itself (a projection of hidden values) is the side "objective", which is always trained and never exported.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class State:
       mutable: the model's running statistics (BatchNorm) by store key, float32; empty for language models.
       hyper: numbers of the run as arrays (see `ftjax.train.optimizer.hyper_of`).
       weighting: what is learned of the weights of several tasks (see `ftjax.objectives.weighting`); mostly empty.
-    """
       average: "count" values taken and their "mean", like `trainable` (see `ftjax.train.average`); empty when off.
+    """
 
     step: jax.Array
     trainable: Any
@@ -45,8 +46,8 @@ class State:
     mutable: Any
     hyper: Any
     weighting: Any = struct.field(default_factory=dict)
-
     average: Any = struct.field(default_factory=dict)
+
 
 @struct.dataclass
 class Frozen:
@@ -81,8 +82,8 @@ def trained_borders(params: Store, labels: dict[str, str]) -> dict[str, set[int]
     return at
 
 
-def partition(base: Store, overlay: Overlay, table: Table, rules: Rules) -> Parts:
-    """Labels a store and splits it.
+def partition(base: Store, overlay: Overlay, table: Table, rules: Rules, own: Store | None = None) -> Parts:
+    """Labels a store and splits it; `own` is what the objective learns, by name.
 
     Raises:
       ConfigError: an overlay entry fits nothing, a rule matches nothing, a quantized weight would be trained, or nothing
@@ -92,10 +93,12 @@ def partition(base: Store, overlay: Overlay, table: Table, rules: Rules) -> Part
     mutable = {k: v for k, v in base.items() if spec_of(table, k).kind == "stat"}
     store = {"base": {k: v for k, v in base.items() if k not in mutable}, "overlay": overlay}
     labels = tree.label(store, rules)
+    if own:
+        store, labels = store | {"objective": own}, labels | {"objective": dict.fromkeys(own, "objective")}
     packed = [k for k, v in store["base"].items() if isinstance(v, Quantized)]
     refuse_trained(k for k in packed if set(jax.tree.leaves(labels["base"][k])) != {FROZEN})
     trainable, rest = tree.split(store, labels, lambda name: name not in (FROZEN, CONST))
-    if not jax.tree.leaves(trainable):
+    if not jax.tree.leaves((trainable["base"], trainable["overlay"])):
         raise ConfigError("0 trainable parameters: the method's rules leave everything frozen")
     rest_labels = jax.tree.map(lambda x, name: None if x is not None else name, trainable, labels, is_leaf=_hole)
     const, frozen = tree.split(rest, rest_labels, lambda name: name == CONST)

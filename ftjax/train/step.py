@@ -55,8 +55,8 @@ class Program:
         """The objective on one micro-batch."""
         bound = self.params(trainable, state, frozen, rng)
 
-        def policy(inputs: Any, mutable: Any, task: str = "") -> tuple[Any, Any]:
-            out = self._applied(bound | mutable, inputs, task, train=rng is not None)
+        def policy(inputs: Any, mutable: Any, task: str = "", **options: Any) -> tuple[Any, Any]:
+            out = self._applied(bound | mutable, inputs, task, train=rng is not None, **options)
             return out, mutable | out.mutable
 
         reference = None
@@ -65,7 +65,8 @@ class Program:
             reference = partial(self._applied, bind(past["base"], past["overlay"]) | (frozen.mutable or {}))
         elif self.teacher is not None:
             reference = partial(self.teacher.apply, bind(frozen.teacher, {}))
-        return self.objective(policy, batch, reference=reference, mutable=mutable, hyper=state.hyper)
+        hyper = state.hyper | trainable.get("objective", {})  # its numbers, and what it learns itself
+        return self.objective(policy, batch, reference=reference, mutable=mutable, hyper=hyper)
 
     def _applied(self, bound: Any, inputs: Any, task: str = "", **options: Any) -> Any:
         model, seen = self.model.view(task, bound)
