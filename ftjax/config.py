@@ -111,6 +111,9 @@ class Train(Component):
     skip_nonfinite: int = Field(
         default=3, ge=0, description="Steps with a non-finite loss or gradient skipped in a row before stopping."
     )
+    neftune: float = Field(
+        default=0.0, ge=0, description="Size of NEFTune's noise on embedded tokens (arXiv:2310.05914), usually 5; 0: off."
+    )
 
     def check(self, run: Run) -> Iterator[str]:
         if self.batch % self.accumulate:

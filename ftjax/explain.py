@@ -43,6 +43,7 @@ ELSEWHERE = {
     "eval_steps": "evaluate.every",
     "logging_steps": "train.log_every",
     "output_dir": "out",
+    "neftune_noise_alpha": "train.neftune",
 }
 
 

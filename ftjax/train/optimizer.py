@@ -53,6 +53,7 @@ def hyper_of(run: Run) -> dict[str, Any]:
         "lora_plus": o.lora_plus, **average.numbers(o, run.train.steps),
     }  # fmt: skip
     hyper: dict[str, Any] = {k: jnp.float32(v) for k, v in numbers.items()}
+    hyper |= {"neftune": jnp.float32(run.train.neftune)} if run.train.neftune else {}
     hyper["coef"] = {k: jnp.float32(v) for k, v in run.objective.coefficients().items()}
     return hyper | {k: jnp.float32(v) for k, v in run.objective.hyper().items()}
 

@@ -21,6 +21,7 @@ from ftjax import tree
 from ftjax.objectives.base import LossOutput
 from ftjax.peft.base import bind
 from ftjax.train import average
+from ftjax.train.neftune import noisy
 from ftjax.train.optimizer import OptimSpec, clip_by_norm, learning_rate, make_tx
 from ftjax.train.state import Frozen, State
 from ftjax.train.weighted import combined, measured
@@ -49,7 +50,9 @@ class Program:
     def params(self, trainable: Any, state: State, frozen: Frozen, rng: jax.Array | None) -> Any:
         """The bound store of the present policy, but for its running statistics."""
         store = tree.combine(trainable, state.const, frozen.store)
-        return bind(store["base"], store["overlay"], rng)
+        bound = bind(store["base"], store["overlay"], rng)
+        alpha = state.hyper.get("neftune")
+        return bound if alpha is None or rng is None else noisy(bound, alpha, rng)
 
     def output(self, trainable: Any, mutable: Any, state: State, frozen: Frozen, batch: Any, rng: Any) -> LossOutput:
         """The objective on one micro-batch."""
@@ -135,9 +138,9 @@ class Program:
             updates, opt = tx.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        nxt = dc.replace(
         step, trainable = state.step + 1, keep(trainable, state.trainable)
         kind = self.optim.average
+        nxt = dc.replace(
             state,
             step=step,
             trainable=trainable,
