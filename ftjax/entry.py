@@ -17,10 +17,11 @@ from ftjax.evals.request import Evaluation, asks, requested
 from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
 from ftjax.models.sources import source_of
-from ftjax.options import FolderArgs, GenerateArgs
+from ftjax.options import FolderArgs, GenerateArgs, SoupArgs
 from ftjax.params import Store, join
 from ftjax.quant.base import bits_per_parameter
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
+from ftjax.regimes.soup import soup as make_soup
 from ftjax.report.console import Console
 from ftjax.train.averaged import averaged, described
 from ftjax.train.metrics import read_lines
@@ -149,6 +150,11 @@ def export_run(args: FolderArgs) -> int:
     _refuse_full(args.to)
     console.where({"exported": export(setup, state, args.to, card=_card(setup, step, adapter=setup.adapted))})
     return 0
+
+
+def soup(args: SoupArgs) -> int:
+    """Averages the weights of several runs."""
+    return make_soup(args.runs, args.to, how=args.how, lora=args.lora)
 
 
 def _card(setup: Setup, step: int, *, adapter: bool) -> str:

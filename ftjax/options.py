@@ -43,6 +43,16 @@ class FolderArgs:
     to: Path
 
 
+@dataclass(frozen=True)
+class SoupArgs:
+    """What `soup` was asked for: from run folders to a new folder; how members are chosen and LoRAs averaged."""
+
+    runs: tuple[Path, ...]
+    to: Path
+    how: str = "uniform"
+    lora: str = "cat"
+
+
 def configuring(parser: argparse.ArgumentParser) -> None:
     """--config, overrides, --out."""
     parser.add_argument("--config", metavar="X", help="a .py file with get_config(), or the config.json of a run")
@@ -98,6 +108,21 @@ def writing(parser: argparse.ArgumentParser) -> None:
     """From a run folder to a new folder."""
     _run_option(parser)
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="new folder")
+
+
+def souping(parser: argparse.ArgumentParser) -> None:
+    """From run folders to a new folder."""
+    parser.add_argument("--runs", metavar="DIR", type=Path, nargs="+", required=True, help="run folders, two or more")
+    parser.add_argument(
+        "--how", choices=("uniform", "greedy"), default="uniform",
+        help="uniform (default): all runs; greedy: in order of held-out loss, those that do not raise it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora", choices=("cat", "svd", "factors"), default="cat",
+        help="LoRAs: cat (default), the exact mean of the updates at the sum of the ranks; svd, the nearest of the same rank; "
+        "factors, the mean of A and that of B",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder")
 
 
 def explaining(parser: argparse.ArgumentParser) -> None:
@@ -164,12 +189,42 @@ def _generate_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--seed {args.seed}  expected 0 to {2**31 - 1}"
 
 
+def soup_args(args: argparse.Namespace) -> SoupArgs:
+    """The checked request.
+
+    Raises:
+      ConfigError: fewer than two runs, one of them twice or no run, or the target is in use.
+    """
+    runs = several_runs("soup", args.runs)
+    _refuse_used("--out", args.out)
+    return SoupArgs(runs, args.out, args.how, args.lora)
+
+
+def several_runs(verb: str, folders: list[Path]) -> tuple[Path, ...]:
+    """Two or more different run folders.
+
+    Raises:
+      ConfigError: with the run that is not one, or is given twice.
+    """
+    runs = tuple(run_folder(folder) for folder in folders)
+    again = [str(r) for i, r in enumerate(runs) if r.resolve() in {x.resolve() for x in runs[:i]}]
+    if again or len(runs) < 2:
+        raise ConfigError(
+            f"run.py {verb}: --runs takes two or more runs" + (f"; {again[0]} is given twice" if again else "")
+        )
+    return runs
+
+
+def _refuse_used(option: str, folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{option} {folder}: it exists already and is not an empty folder; name a new one")
+
+
 def folder_args(args: argparse.Namespace) -> FolderArgs:
     """The checked folders.
 
     Raises:
       ConfigError: the run is none, or the target is in use.
     """
-    if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
-        raise ConfigError(f"--to {args.to}: it exists already and is not an empty folder; name a new one")
+    _refuse_used("--to", args.to)
     return FolderArgs(run=run_folder(args.run), to=args.to)

@@ -187,6 +187,11 @@ def _export(args: argparse.Namespace) -> int:
     return _entry().export_run(request)
 
 
+def _soup(args: argparse.Namespace) -> int:
+    request = options.soup_args(args)
+    return _entry().soup(request)
+
+
 def _ls(args: argparse.Namespace) -> int:
     rows = [(str(path), title_of(path)) for path in configs()]
     if not rows:
@@ -258,6 +263,12 @@ VERBS: dict[str, Verb] = {
         "export --run runs/quickstart --to adapter",
         options.writing,
         _export,
+    ),
+    "soup": Verb(
+        "Average the weights of several runs of one base.",
+        "soup --runs runs/a runs/b runs/c --how greedy --out soups/abc",
+        options.souping,
+        _soup,
     ),
     "ls": Verb("List the configs.", "ls", options.nothing, _ls),
     "env": Verb("Show versions, devices and known bad pairs, to paste into an issue.", "env", options.nothing, _env),

@@ -17,7 +17,7 @@ import pytest
 from ftjax import envinfo, registry, verbs
 from ftjax.configfile import dump, load
 from ftjax.errors import CheckpointError, DataError, DeviceError
-from ftjax.options import FolderArgs, GenerateArgs
+from ftjax.options import FolderArgs, GenerateArgs, SoupArgs
 from ftjax.schema import Component
 from ftjax.verbs import VERBS, main
 
@@ -35,7 +35,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     (tmp_path / "configs/x.py").write_text(CONFIG)
     noted: list = []
     entry = types.ModuleType("ftjax.entry")
-    for name in ("train", "check", "evaluate", "generate", "merge", "export_run"):
+    for name in ("train", "check", "evaluate", "generate", "merge", "export_run", "soup"):
         setattr(entry, name, lambda *args, name=name: noted.append((name, *args)) or 0)
     monkeypatch.setitem(sys.modules, entry.__name__, entry)
     with registry.scratch():
@@ -95,6 +95,15 @@ def test_merge_and_export(calls, capsys, verb, body):
     assert main([verb, "--run", "runs/x", "--to", "new"]) == 0
     assert calls == [(body, FolderArgs(run=Path("runs/x"), to=Path("new")))]
     assert "--to runs: it exists already" in fails(capsys, verb, "--run", "runs/x", "--to", "runs")
+
+
+def test_soup(calls, capsys):
+    other = Path("runs/y")
+    other.mkdir()
+    (other / "config.json").write_text(Path("runs/x/config.json").read_text())
+    assert main(["soup", "--runs", "runs/x", "runs/y", "--out", "new"]) == 0
+    assert calls == [("soup", SoupArgs((Path("runs/x"), other), Path("new"), "uniform", "cat"))]
+    assert "run 'runs/z' does not exist" in fails(capsys, "soup", "--runs", "runs/x", "runs/z", "--out", "new")
 
 
 def test_ls_and_cp(calls, capsys):
