@@ -40,6 +40,12 @@ def field_rows(cls) -> list[str]:
     return rows
 
 
+def parts_of(classes) -> list[type]:
+    """Components that are fields of others, without a slot."""
+    fields = [info for cls in classes for info in getattr(cls, "model_fields", {}).values() if slot_kind(info) is None]
+    return [info.annotation for info in fields if hasattr(info.annotation, "model_fields")]
+
+
 def config_page() -> str:
     out = [
         "# Every field of a run",
@@ -63,6 +69,8 @@ def config_page() -> str:
             out += ["", f"## {path}={key}", "", first_line(cls)]
             rows = [r for r in field_rows(cls) if r.split("`")[1] != "name"]
             out += [*head, *rows] if rows else []
+    for cls in dict.fromkeys(cls for kind in registry.PACKAGES for cls in parts_of(registry.known(kind).values())):
+        out += ["", f"## fields of {cls.__name__}", "", first_line(cls), *head, *field_rows(cls)]
     return "\n".join(out) + "\n"
 
 

@@ -14,6 +14,7 @@ from ftjax.data.labels import REGRESSION, SINGLE, LabelBatch
 from ftjax.data.layouts import layout_of
 from ftjax.data.prepare import prepare
 from ftjax.data.rows import BadRows
+from ftjax.data.tasks import glue
 from ftjax.data.tasks.glue import TASKS, Glue
 from ftjax.errors import DataError
 from ftjax.objectives.classification import Classification
@@ -111,6 +112,25 @@ def test_the_other_validation_split(tmp_path: Path) -> None:
     assert len(read("mnli", tmp_path).eval) == 3
     other = Glue(task="mnli", path=str(tmp_path), mnli="mismatched").examples("eval")
     assert [(r["text"], r["label"]) for r in other] == [("other", "entailment")]
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local repository as the hub's is: a README with the configurations, parquet files below."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    lines = ["---", "configs:"]
+    for task in ("mnli", "stsb"):
+        write_parquet(tmp_path / "glue" / task, task)
+        lines += [f"- config_name: {task}", "  data_files:"]
+        for split in [*splits(task), "test"]:
+            lines += [f"  - split: {split}", f"    path: {task}/{split}-*"]
+    (tmp_path / "glue" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    monkeypatch.setattr(glue, "HUB", str(tmp_path / "glue"))
+    for task in ("mnli", "stsb"):
+        remote, local = Glue(task=task), Glue(task=task, path=str(tmp_path / "glue"))
+        for split in ("train", "eval"):
+            assert remote.examples(split) == local.examples(split) != []
+    assert set(Glue(task="mnli", mnli="mismatched").fingerprint()) == {"train", "validation_mismatched"}
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

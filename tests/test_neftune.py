@@ -108,7 +108,7 @@ def test_each_step_and_micro_batch_has_its_own():
 
 
 def test_soft_prompts_get_none_and_other_models():
-    model = tiny.llama()
+    model: Any = tiny.llama()
     overlay = Prompt(tokens=3).init(jax.random.key(0), model.table, tiny.weights(model))
     params = noisy(tiny.weights(model) | overlay, jnp.float32(ALPHA), jax.random.key(1))
     from ftjax.params import nest
