@@ -20,6 +20,7 @@ from ftjax.models.sources import source_of
 from ftjax.options import FolderArgs, GenerateArgs, SoupArgs
 from ftjax.params import Store, join
 from ftjax.quant.base import bits_per_parameter
+from ftjax.regimes.ensemble import ensemble as ensemble_of
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.regimes.soup import soup as make_soup
 from ftjax.report.console import Console
@@ -80,6 +81,13 @@ def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
     console.evaluation(step, numbers | metrics)
     console.samples([], answers)
     return 0
+
+
+def ensemble(folders: tuple[Path, ...], overrides: tuple[str, ...]) -> int:
+    """Held-out numbers of several runs and of their ensembles."""
+    if asks(overrides):
+        raise ConfigError("eval: evals=NAME is of one run; give --run DIR")
+    return ensemble_of(folders, overrides)
 
 
 def _measure(folder: Path, evaluation: Evaluation, console: Console) -> int:

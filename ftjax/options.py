@@ -81,6 +81,13 @@ def evaluating(parser: argparse.ArgumentParser) -> None:
     _run_option(parser, required=False)
     parser.add_argument("--config", metavar="X", type=Path, help="the config.json of a run, instead of --run")
     parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        help="several runs over one data set, instead of --run: ensembles",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c",
         help="fields to change, e.g. evaluate.examples=0; or evals=NAME and its fields, e.g. evals=lm_eval tasks=arc_easy",
     )  # fmt: skip
@@ -138,6 +145,21 @@ def copying(parser: argparse.ArgumentParser) -> None:
 
 def nothing(parser: argparse.ArgumentParser) -> None:
     """No options."""
+
+
+def evaluated_folders(args: argparse.Namespace) -> tuple[Path, ...]:
+    """The run folders whose ensemble `eval` was asked for; none where it was asked for one run. Overrides among them are moved.
+
+    Raises:
+      ConfigError: another run is given too, or they are not two or more run folders.
+    """
+    if not args.runs:
+        return ()
+    if args.run or args.config:
+        raise ConfigError("run.py eval: give either --runs, or one of --run DIR and --config DIR/config.json")
+    words = [str(p) for p in args.runs if "=" in str(p)]  # argparse gives --runs all that follows
+    args.overrides = [*args.overrides, *words]
+    return several_runs("eval", [p for p in args.runs if str(p) not in words])
 
 
 def evaluated_folder(args: argparse.Namespace) -> Path:

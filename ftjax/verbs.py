@@ -168,6 +168,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if several := options.evaluated_folders(args):
+        return _entry().ensemble(several, tuple(args.overrides))
     folder = options.evaluated_folder(args)
     return _entry().evaluate(folder, tuple(args.overrides))
 
@@ -241,7 +243,7 @@ VERBS: dict[str, Verb] = {
         _check,
     ),
     "eval": Verb(
-        "Evaluate the best checkpoint of a run.",
+        "Evaluate the best checkpoint of a run, or ensembles of several runs.",
         "eval --run runs/quickstart evaluate.examples=0",
         options.evaluating,
         _eval,

@@ -35,7 +35,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     (tmp_path / "configs/x.py").write_text(CONFIG)
     noted: list = []
     entry = types.ModuleType("ftjax.entry")
-    for name in ("train", "check", "evaluate", "generate", "merge", "export_run", "soup"):
+    for name in ("train", "check", "evaluate", "generate", "merge", "export_run", "soup", "ensemble"):
         setattr(entry, name, lambda *args, name=name: noted.append((name, *args)) or 0)
     monkeypatch.setitem(sys.modules, entry.__name__, entry)
     with registry.scratch():

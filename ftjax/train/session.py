@@ -97,24 +97,32 @@ class Evaluator:
         examples, objective = held_out_examples(self.setup, view), view.objective
         if not len(examples):
             return {}
+        total, together = self._run(state, view, examples)
+        host = {k: _plain(v, view.prefix) for k, v in jax.device_get(total).items()}
+        coef = {k: float(v) for k, v in objective.coefficients().items()}
+        numbers = _summary(host, coef, tokens="nll" in coef)
+        # some metrics need what a batch has no room for: names of classes, texts
+        examine = getattr(objective, "examine", None)
+        numbers |= examine(together, examples) if examine else objective.summary(together)
+        scored = getattr(view.task, "scored", None)  # metrics that belong to the data set
+        return numbers | (scored(together) if scored else {})
+
+    def rows_of(self, state: State, view: View) -> dict[str, np.ndarray]:
+        """What the objective says of every held-out row of a task, rows that only fill a batch included."""
+        return self._run(state, view, held_out_examples(self.setup, view))[1]
+
+    def _run(self, state: State, view: View, examples: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """(sums on the device, rows) over examples."""
         step = self._steps.get(view.name) or self.compile(view)
         s, total = self.setup, None
-        packing = s.run.loader.packing if layout_of(objective).packs else "none"
+        packing = s.run.loader.packing if layout_of(view.objective).packs else "none"
         rows: list[dict[str, np.ndarray]] = []
         for batch in eval_batches(examples, self.rows, view.length, packing=packing):
             placed = jax.device_put(view.batch(batch), s.placement.batch(0))
             out = step(state, s.frozen, placed)
             rows.append(_plain(jax.device_get(out.pop("rows")), view.prefix))
             total = out if total is None else jax.tree.map(jnp.add, total, out)
-        host = {k: _plain(v, view.prefix) for k, v in jax.device_get(total).items()}
-        coef = {k: float(v) for k, v in objective.coefficients().items()}
-        numbers = _summary(host, coef, tokens="nll" in coef)
-        together = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-        # some metrics need what a batch has no room for: names of classes, texts
-        examine = getattr(objective, "examine", None)
-        numbers |= examine(together, examples) if examine else objective.summary(together)
-        scored = getattr(view.task, "scored", None)  # metrics that belong to the data set
-        return numbers | (scored(together) if scored else {})
+        return total, {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
 
     def answers(self, state: State) -> tuple[list[Answer], dict[str, float]]:
         """Answers to the fixed held-out prompts of every task that speaks, and the tasks' metrics over them."""
