@@ -8,7 +8,8 @@ loss = (1 - a) CE(y, z) + a T^2 D(softmax(z' / T) || softmax(z / T)),   z' the t
 Three objectives, one per kind of head; each is the plain objective of its head with a second term. D is the forward or the
 reverse Kullback-Leibler divergence or the generalized Jensen-Shannon divergence of TRL's GKD (arXiv:2306.13649). Over a
 vocabulary the logits of both models exist for one chunk of tokens at a time. The teacher is loaded once, has no gradient,
-and is in no checkpoint and no export. A term for hidden values can be added (see `ftjax.objectives.hints`).
+and is in no checkpoint and no export. Several are averaged (`ftjax.models.ensemble`). A term for hidden values can be added
+(`ftjax.objectives.hints`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ class Distilled(Hints):
     teacher: Annotated[Any, Slot("model"), Field(description="The frozen model that is learned from.")] = Default(
         "model", "pretrained"
     )
+    teachers: tuple[Annotated[Any, Slot("model")], ...] = Field(
+        (), description="Further frozen models; the student learns from the mean of all."
+    )
+    mean: Literal["logits", "probabilities"] = Field(
+        "logits", description="Of several teachers: the mean of their logits, or of their distributions before T."
+    )
     alpha: float = Field(0.5, ge=0, le=1, description="Share of the divergence in the loss; the labels have the rest.")
     temperature: float = Field(2.0, gt=0, description="T, which divides both logits in the divergence.")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
@@ -100,8 +107,10 @@ class Distilled(Hints):
 
     def check(self, run: Any) -> Iterator[str]:
         """There is a teacher, and it is used."""
-        if not hasattr(self.teacher, "path"):
-            yield f"objective.teacher={self.teacher.name}  a teacher is a model that was trained; use pretrained"
+        for teacher in (self.teacher, *self.teachers):
+            if hasattr(teacher, "path"):
+                continue
+            yield f"objective.teacher={teacher.name}  a teacher is a model that was trained; use pretrained"
 
     def advise(self, run: Any) -> Iterator[str]:
         """Settings that are probably not meant."""
