@@ -99,6 +99,24 @@ def test_measured_shares():
             assert other.mask(n, bits(n)).sum() == other.hidden(n)[0]
 
 
+def test_turned_masks(tokenizer):
+    """Every place of a text with a single span is hidden as often as any other; nothing is lost, lengths stay in bounds."""
+    how, n = Corruption(0.15, 3.0, roll=True), 20
+    where = np.mean([how.mask(n, bits(i)) for i in range(4000)], 0)
+    assert where.tolist() == pytest.approx([0.15] * n, abs=0.02)
+    fixed = np.mean([Corruption(0.15, 3.0).mask(n, bits(i)) for i in range(20)], 0)
+    assert fixed.tolist() == [0.0] * 17 + [1.0] * 3, "T5's own: always at the end"
+    examples = encoded(tokenizer, ["hello world " * 7], roll=True).examples
+    longest = 0
+    for draw in range(60):
+        source, answer = examples.drawn(0, (draw,))
+        assert put_together(source, answer, examples.sentinels.tolist())[0] == examples.texts[0].input_ids.tolist()
+        bound = examples.how.lengths(len(examples.texts[0]))
+        assert len(source) <= bound[0] and len(answer) <= bound[1]
+        longest = max(longest, len(source) - bound[0])
+    assert longest == 0 and examples.build([[0]], 64, key=(1,)).tokens.shape == (1, 64)
+
+
 def test_the_same_lengths_as_t5():
     """T5's helper for inputs of 512 tokens: texts of 568 tokens, answers of 114 (`random_spans_helper` in its tests)."""
     how = Corruption(0.15, 3.0)

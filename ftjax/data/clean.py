@@ -232,7 +232,7 @@ def shingles(text: str, size: int) -> np.ndarray:
     size = min(size, len(words))
     out = np.zeros(len(words) - size + 1, np.uint64)
     for i in range(size):  # the place of a word counts
-        out = _mixed(out * np.uint64(31) + words[i : len(words) - size + 1 + i])
+        out = _mixed(out + words[i : len(words) - size + 1 + i])
     return np.unique(out)
 
 

@@ -8,7 +8,8 @@ answer  <extra_id_0> for inviting <extra_id_1> last </s>        (Raffel et al. 2
     encoded.examples.build([[0], [1]], 512, key=(seed, index))       # SeqBatch
 
 Of n tokens round(share n) are hidden, in round(that / mean_span) spans; the lengths of the hidden and of the other spans are
-uniform over all ways to cut them, and a text begins with what is not hidden. Spans are drawn anew each time a row is built,
+uniform over all ways to cut them; a text begins with what is shown and ends with what is hidden, so that a short one with a
+single span is always hidden at its end, unless `roll` turns the mask by a random offset. Spans are drawn anew for each row,
 as a function of (seed, place in the run), so runs resume exactly. Sentinels are <extra_id_0>, <extra_id_1>, ... in the order
 of the text; T5's vocabulary numbers them downwards.
 """
@@ -43,10 +44,12 @@ class Corruption:
     Attributes:
       share: of the tokens that are hidden.
       mean_span: tokens of a hidden span on average.
+      roll: turn the mask by a random offset; a span that then stands at both ends becomes two.
     """
 
     share: float
     mean_span: float
+    roll: bool = False
 
     def hidden(self, n: int) -> tuple[int, int]:
         """(hidden tokens, hidden spans) of a text of n tokens."""
@@ -54,9 +57,9 @@ class Corruption:
         return tokens, min(max(round(tokens / self.mean_span), 1), tokens, n - tokens)
 
     def lengths(self, n: int) -> tuple[int, int]:
-        """Tokens of (source, answer), the end of each included."""
+        """Tokens of (source, answer), the end of each included; where the mask is turned, the most there can be."""
         tokens, spans = self.hidden(n)
-        return n - tokens + spans + 1, tokens + spans + 1
+        return n - tokens + spans + self.roll + 1, tokens + spans + self.roll + 1
 
     def room(self, length: int) -> int:
         """The longest text whose source and answer both have at most `length` tokens; 0 if there is none."""
@@ -70,7 +73,8 @@ class Corruption:
         tokens, spans = self.hidden(n)
         shown, dark = (_cut(total, spans, bits) for total in (n - tokens, tokens))
         runs = np.stack([shown, dark], 1).ravel()
-        return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        mask = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        return np.roll(mask, int(bits.random_raw()) % n) if self.roll else mask
 
 
 def _cut(total: int, parts: int, bits: np.random.Philox) -> np.ndarray:
@@ -113,7 +117,7 @@ class CorruptedExamples:
     Attributes:
       texts: token ids without special tokens.
       sentinels: ids of the sentinels in their order.
-      numbers: [share, mean span, id of the EOS].
+      numbers: [share, mean span, id of the EOS, whether masks are turned].
     """
 
     texts: Examples
@@ -123,11 +127,11 @@ class CorruptedExamples:
     @property
     def how(self) -> Corruption:
         """The shares."""
-        return Corruption(float(self.numbers[0]), float(self.numbers[1]))
+        return Corruption(float(self.numbers[0]), float(self.numbers[1]), bool(self.numbers[3]))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of the longer of source and answer, int64 [examples]; no draw changes them."""
+        """Tokens of the longer of source and answer, int64 [examples]; no draw makes more of them."""
         how = self.how
         return np.asarray([max(how.lengths(n)) for n in self.texts.lengths.tolist()], np.int64)
 
@@ -188,7 +192,8 @@ def _padded(texts: list[np.ndarray], count: int, length: int) -> tuple[np.ndarra
 
 def encode_corrupted(
     typed: TypedRows, tokenizer: PreTrainedTokenizerBase, loader: Loader, *, share: float, mean_span: float,
-    wrap: bool = False, bad: BadRows | None = None, read: int | None = None, required: bool = True, **_: Any,
+    roll: bool = False, wrap: bool = False, bad: BadRows | None = None, read: int | None = None, required: bool = True,
+    **_: Any,
 ) -> Encoded:  # fmt: skip
     """Tokenizes texts, so long that what becomes of them has at most `loader.max_length` tokens.
 
@@ -198,6 +203,7 @@ def encode_corrupted(
       loader: max_length, truncation.
       share: of the tokens that are hidden.
       mean_span: tokens of a hidden span on average.
+      roll: turn each mask by a random offset.
       wrap: cut long texts into pieces, each an example, instead of truncating them.
       bad: malformed rows so far, for the report.
       read: rows read from the files, for the report.
@@ -208,11 +214,11 @@ def encode_corrupted(
     """
     if typed.type != DatasetType("language_modeling", False):
         raise DataError(f"span corruption takes plain texts (a column text); these rows are {typed.type}")
-    bad, how, sentinels = bad or BadRows(), Corruption(share, mean_span), sentinels_of(tokenizer)
+    bad, how, sentinels = bad or BadRows(), Corruption(share, mean_span, roll), sentinels_of(tokenizer)
     room = how.room(loader.max_length)
     if not room:
         raise DataError(f"loader.max_length={loader.max_length}  no text is left at share={share:g}; make it longer")
-    if (spans := how.hidden(room)[1]) > len(sentinels):
+    if (spans := how.hidden(room)[1] + roll) > len(sentinels):
         raise DataError(
             f"loader.max_length={loader.max_length}  a text of {room:,} tokens has {spans} hidden spans, the tokenizer has "
             f"{len(sentinels)} sentinels; use a smaller max_length or a larger mean_span"
@@ -235,7 +241,7 @@ def encode_corrupted(
         tokens=int(both.sum()), trained_tokens=int(both[:, 1].sum()), eos_trained=len(kept),
         longest=max(sizes, default=0), warnings=(bad.summary(),) if bad.count else (),
     )  # fmt: skip
-    numbers = np.asarray([share, mean_span, int(tokenizer.eos_token_id)], np.float64)  # type: ignore[arg-type]
+    numbers = np.asarray([share, mean_span, int(tokenizer.eos_token_id), roll], np.float64)  # type: ignore[arg-type]
     return Encoded(CorruptedExamples(texts, sentinels, numbers), report)
 
 

@@ -25,7 +25,11 @@ class SpanCorruption(Seq2Seq):
     name: Literal["span_corruption"] = "span_corruption"  # type: ignore[assignment]
     share: float = Field(0.15, gt=0, lt=1, description="Share of the tokens that are hidden.")
     mean_span: float = Field(3.0, ge=1, description="Tokens of a hidden span on average.")
+    roll: bool = Field(
+        False,
+        description="Turn each mask by a random offset: else a text ends hidden, a short one nowhere else (as T5's).",
+    )
 
     def data_options(self) -> dict[str, Any]:
         """What the data layout must know."""
-        return {"share": self.share, "mean_span": self.mean_span}
+        return {"share": self.share, "mean_span": self.mean_span, "roll": self.roll}
