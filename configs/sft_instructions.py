@@ -4,6 +4,11 @@ python run.py --config configs/sft_instructions.py data.path=instructions.json
 python run.py --config configs/sft_instructions.py data.path=chats.jsonl model.path=DIR data.chat_template=
 
 The model in the package has no chat template, so Alpaca's is used; an empty one takes the tokenizer's own.
+
+Measured on 1,100 Alpaca rows with that model (2 M parameters, which has read little but Python's documentation): in 60 steps
+the held-out loss falls from 6.19 to 3.77, the share of tokens that are the most likely one rises from 7.9 % to 35.9 %. It
+learns the form of an answer, not answers: "Name the device used to measure humidity." gives "The deligre for the deligre
+is 22."
 """
 
 from ftjax.config import Checkpoint, Evaluate, Loader, Optim, Run, Train
