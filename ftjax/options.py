@@ -83,7 +83,6 @@ def evaluating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         metavar="DIR",
-        type=Path,
         nargs="+",
         help="several runs over one data set, instead of --run: ensembles",
     )
@@ -157,9 +156,9 @@ def evaluated_folders(args: argparse.Namespace) -> tuple[Path, ...]:
         return ()
     if args.run or args.config:
         raise ConfigError("run.py eval: give either --runs, or one of --run DIR and --config DIR/config.json")
-    words = [str(p) for p in args.runs if "=" in str(p)]  # argparse gives --runs all that follows
+    words = [word for word in args.runs if "=" in word]  # argparse gives --runs all that follows
     args.overrides = [*args.overrides, *words]
-    return several_runs("eval", [p for p in args.runs if str(p) not in words])
+    return several_runs("eval", [Path(word) for word in args.runs if word not in words])
 
 
 def evaluated_folder(args: argparse.Namespace) -> Path:

@@ -80,6 +80,15 @@ def test_eval_passes_the_folder_and_overrides(calls):
     ]
 
 
+def test_eval_of_several_runs(calls, capsys):
+    other = Path("runs/y")
+    other.mkdir()
+    (other / "config.json").write_text(Path("runs/x/config.json").read_text())
+    assert main(["eval", "--runs", "runs/x", "runs/y", "evaluate.examples=0"]) == 0
+    assert calls == [("ensemble", (Path("runs/x"), other), ("evaluate.examples=0",))]
+    assert "run.py eval: --runs takes two or more runs" in fails(capsys, "eval", "--runs", "runs/x")
+
+
 def test_generate(calls, monkeypatch):
     assert main(["generate", "--run", "runs/x", "--prompt", "a", "--stop", "X", "--stop", "Y", "--top-k", "5"]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
