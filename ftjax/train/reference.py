@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-import ftjax
 from ftjax.data.cache import Cache
 from ftjax.data.layouts import identity
 from ftjax.data.pipeline import eval_batches
@@ -115,7 +114,7 @@ def digest(tree: Any) -> str:
 def _program() -> str:
     """A hash of the package's sources and of jax's version."""
     found = hashlib.sha256(jax.__version__.encode())
-    folder = Path(ftjax.__file__).parent
+    folder = Path(__file__).parent.parent
     for path in sorted(folder.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
