@@ -3,6 +3,8 @@
 python run.py --config configs/distill.py model.path=SMALL objective.teacher.path=LARGE data.path=train.jsonl
 python run.py --config configs/distill.py ... objective.divergence=jsd objective.beta=0.9 objective.alpha=1.0
 python run.py --config configs/distill.py ... objective=distill_classification    # a tuned classifier; columns text, label
+python run.py --config configs/distill.py ... objective.hidden=0.1    # and from its hidden values, layers evenly spread
+python run.py --config configs/distill.py ... 'objective.teachers=[{"name":"pretrained","path":"OTHER"}]'    # two teachers
 python run.py --config configs/distill.py ... model=thinned model.path=LARGE      # begins with every second layer
 """
 
