@@ -187,6 +187,9 @@ def test_cell(cell, whole, tmp_path):
     data = tiny.batch_for(objective, 16, micro=2)
     inputs = objective.inputs(jax.tree.map(lambda x: x[0], data))
 
+    leaves = jax.tree.leaves(t.state)
+    assert len({*map(id, leaves)}) == len(leaves)  # a run donates them: no array may stand in two places
+
     options = None if whole else QUICK
     if peft.identity_at_init:
         apply = jax.jit(t.model.apply, compiler_options=options)

@@ -114,13 +114,15 @@ class PTuning(Component):
             bound = 1 / math.sqrt(inner)
             return jax.random.uniform(key_of(key, f"{SITE}/{name}"), (inner, outer), jnp.float32, -bound, bound)
 
+        def zeros(n: int) -> jax.Array:
+            return jnp.zeros((n,), jnp.float32)
+
         e = std * jax.random.normal(key_of(key, f"{SITE}/e"), (self.tokens, dim), jnp.float32)
         if self.encoder == "lstm":
             return {SITE: LSTMTap.begin(key, e, hidden, self.depth)}
-        zeros = jnp.zeros((hidden,), jnp.float32)
         return {
             SITE: EncodedTap(
-                e, layer("w1", dim, hidden), zeros, layer("w2", hidden, hidden), zeros, layer("w3", hidden, dim),
-                jnp.zeros((dim,), jnp.float32),
+                e, layer("w1", dim, hidden), zeros(hidden), layer("w2", hidden, hidden), zeros(hidden),
+                layer("w3", hidden, dim), zeros(dim),
             )
         }  # fmt: skip
