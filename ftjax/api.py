@@ -17,9 +17,9 @@ from ftjax.models.transformer import Decoder
 from ftjax.params import Store, bounds, cut
 from ftjax.peft import base as peft
 from ftjax.peft.adapters import load_adapters
-from ftjax.peft.merges import merge_adapters
 from ftjax.peft.convert import to_lora
 from ftjax.peft.interop import head_of, load_adapter
+from ftjax.peft.merges import merge_adapters
 from ftjax.quant.base import Storage
 
 __all__ = ["generate", "load_adapters", "load_pretrained", "merge", "merge_adapters", "save_pretrained", "to_lora"]

@@ -52,7 +52,9 @@ class Optim(Component):
     )
     swa_every: int = Field(default=1, gt=0, description="SWA: steps from one snapshot to the next.")
     average_batches: int = Field(
-        default=100, gt=0, description="Training batches that BatchNorm's statistics of averaged weights are taken from."
+        default=100,
+        gt=0,
+        description="Training batches that BatchNorm's statistics of averaged weights are taken from.",
     )
 
     @property
@@ -112,7 +114,9 @@ class Train(Component):
         default=3, ge=0, description="Steps with a non-finite loss or gradient skipped in a row before stopping."
     )
     neftune: float = Field(
-        default=0.0, ge=0, description="Size of NEFTune's noise on embedded tokens (arXiv:2310.05914), usually 5; 0: off."
+        default=0.0,
+        ge=0,
+        description="Size of NEFTune's noise on embedded tokens (arXiv:2310.05914), usually 5; 0: off.",
     )
 
     def check(self, run: Run) -> Iterator[str]:

@@ -11,10 +11,10 @@ from ftjax.errors import ConfigError
 from ftjax.params import bounds, cut
 from ftjax.peft.adapters import load_adapters
 from ftjax.peft.base import bind, merge
-from ftjax.peft.merges import merge_adapters
 from ftjax.peft.convert import to_lora, unmerge
 from ftjax.peft.interop import AdapterFile, load_adapter, save_adapter
 from ftjax.peft.lora import LoRA
+from ftjax.peft.merges import merge_adapters
 from tests.test_adapters import moved
 from tests.tiny import largest, llama, weights
 

@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "lora, OLoRA": (5e-3, ("peft=lora", "peft.start=olora")),
     "lora over nf4": (1e-2, ("peft=lora", "model.quantize=nf4")),
     "dora": (1e-2, ("peft=dora",)),
-    "adalora": (1e-2, ("peft=adalora", "peft.hold=50", "peft.settle=100", "peft.every=5")),
+    "adalora": (1e-2, ("peft=adalora", "peft.hold=20", "peft.settle=40", "peft.every=5")),
     "vera": (3e-2, ("peft=vera",)),
     "loha": (1e-2, ("peft=loha",)),
     "lokr": (1e-2, ("peft=lokr",)),

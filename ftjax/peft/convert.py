@@ -21,9 +21,9 @@ from ftjax.errors import ConfigError
 from ftjax.ops import materialize
 from ftjax.params import Store, Table, bounds, cut, spec_of
 from ftjax.peft.base import Overlay, unbind
-from ftjax.peft.merges import lora_file, low_rank
 from ftjax.peft.interop import AdapterFile
 from ftjax.peft.lora import LoRADelta
+from ftjax.peft.merges import lora_file, low_rank
 from ftjax.peft.modules import per_module
 
 

@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 from ftjax.models import hf  # noqa: E402
 from ftjax.peft.adapters import load_adapters  # noqa: E402
-from ftjax.peft.merges import WAYS, merge_adapters  # noqa: E402
 from ftjax.peft.interop import save_adapter  # noqa: E402
+from ftjax.peft.merges import WAYS, merge_adapters  # noqa: E402
 from ftjax.peft.modules import per_module  # noqa: E402
 from tests.oracle import apart, our_logits, rows, torch_llama, torch_logits  # noqa: E402
 
