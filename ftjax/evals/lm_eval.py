@@ -6,6 +6,8 @@ needs the extra: ``pip install 'ftjax[eval]'``. Own tasks: yaml files in `includ
 `ftjax.evals.harness.model`.
 """
 
+# The harness is an extra, which need not be there when types are checked.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import json

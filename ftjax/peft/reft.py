@@ -213,6 +213,8 @@ class ReFT(Component):
 
     mergeable: ClassVar[bool] = False
     identity_at_init: ClassVar[bool] = False
+    edits_prompts: ClassVar[bool] = True
+    """Whether only prompts are changed, so that data without prompts teach it nothing."""
     hf_type: ClassVar[str | None] = None
     usual_lr: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
     orthogonal: ClassVar[bool]

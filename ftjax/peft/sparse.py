@@ -4,6 +4,7 @@ y = x (W + D) + b,   D [in, out] zero but for k entries;   k = r (in + out), as 
 
     peft=Sparse(rank=8, targets=("q_proj", "v_proj"))                   # the entries largest in magnitude
     peft=Sparse(share=0.01, choose="random", draw=7)
+    peft=Sparse(share=0.005, choose="fisher", fisher_batches=32)        # those that matter most to the data
 
 What is stored are k values and their places. The update is of full rank; it is spread out into a matrix when it multiplies.
 """
@@ -22,7 +23,7 @@ from pydantic import Field
 
 from ftjax.errors import ConfigError, DataError
 from ftjax.ops import dense, materialize
-from ftjax.params import ParamSpec, Table, key_of, layer_keys, spec_of, unranged
+from ftjax.params import ParamSpec, Store, Table, key_of, layer_keys, spec_of, unranged
 from ftjax.peft.base import FROZEN, Overlay
 from ftjax.peft.interop import PREFIX, Tensors
 from ftjax.peft.modules import Module, Targets, per_module
@@ -156,12 +157,33 @@ class Sparse(WeightMethod):
     name: Literal["sparse"] = "sparse"
     rank: int = Field(8, gt=0, description="As many entries of a weight as a LoRA of this rank has: rank * (in + out).")
     share: float | None = Field(None, gt=0, le=1, description="This share of a weight's entries instead.")
-    choose: Literal["magnitude", "random"] = Field("magnitude", description="The largest entries, or drawn ones.")
+    choose: Literal["magnitude", "random", "fisher"] = Field(
+        "magnitude",
+        description="The largest entries, drawn ones, or those with the largest empirical Fisher information.",
+    )
+    fisher_batches: int = Field(16, gt=0, description="fisher: training batches that it is estimated from.")
     draw: int | None = Field(None, description="Seed of drawn entries; by default the run's.")
 
     def labels(self, table: Table) -> Rules:
         """The places count as frozen: they never change."""
         return [("overlay/*/index", FROZEN), *super().labels(table)]
+
+    @property
+    def batches_for_start(self) -> int:
+        """Training batches whose squared gradients `init` asks for (see `ftjax.train.fisher`)."""
+        return self.fisher_batches if self.choose == "fisher" else 0
+
+    def init(self, key: jax.Array, table: Table, params: Store, squares: Store | None = None) -> Overlay:
+        """See `WeightMethod`; `squares` are the mean squared gradients of the weights, by store key.
+
+        Raises:
+          ConfigError: they are asked for and not given.
+        """
+        if self.batches_for_start and squares is None:
+            raise ConfigError(
+                "peft.choose=fisher needs gradients of a run's data: as a library, give init(squares=...)"
+            )
+        return super().init(key, table, params if squares is None else squares)
 
     def delta(self, key: jax.Array, path: str, spec: ParamSpec, base: Any) -> SparseDelta:
         """Zeros at the chosen places.
@@ -200,8 +222,8 @@ def _places(flat: jax.Array, inner: int) -> jax.Array:
     return jnp.stack([flat % inner, flat // inner])
 
 
-def _magnitude(method: Sparse, key: jax.Array, path: str, spec: ParamSpec, base: Any, k: int) -> jax.Array:
-    """The k entries of a layer that are largest."""
+def _largest(method: Sparse, key: jax.Array, path: str, spec: ParamSpec, base: Any, k: int) -> jax.Array:
+    """The k entries of a layer that are largest, of its weights or of their squared gradients."""
 
     def one(w: jax.Array) -> jax.Array:
         return _places(jax.lax.top_k(jnp.abs(w.T).reshape(-1), k)[1], w.shape[0])
@@ -222,4 +244,4 @@ def _random(method: Sparse, key: jax.Array, path: str, spec: ParamSpec, base: An
     return jax.lax.map(one, keys) if spec.stacked else one(keys)
 
 
-CHOICES = {"magnitude": _magnitude, "random": _random}
+CHOICES = {"magnitude": _largest, "random": _random, "fisher": _largest}

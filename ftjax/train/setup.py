@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import config, params
+from ftjax.data.batches import Examples
 from ftjax.data.layouts import layout_of
 from ftjax.data.pipeline import Batches, row_length
 from ftjax.data.prepare import Prepared
@@ -35,6 +36,7 @@ from ftjax.peft.base import Overlay, cut_for, with_head
 from ftjax.peft.earlier import start_from
 from ftjax.train import reference
 from ftjax.train.average import start as start_average
+from ftjax.train.fisher import fisher, rules_for
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
 from ftjax.train.state import Frozen, Parts, State, initial, kinds_of, partition, whole
 from ftjax.train.step import Program
@@ -181,14 +183,15 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
         model, base = source_of(run).load(numerics(run.compute), head=head, **loading)
     teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
-    overlay: Overlay = run.peft.init(params.key_of(jax.random.key(run.seed), "peft"), model.table, base)
+    rng = params.key_of(jax.random.key(run.seed), "objective")
+    own = run.objective.learned(model, teacher, rng) if hasattr(run.objective, "learned") else {}
+    overlay = first_overlay(run, model, base, own, mesh, batches, (teacher, known))
     if earlier := getattr(run.model, "adapter", ""):
         base, overlay = start_from(earlier, run.peft, overlay, model.table, base, base_path=run.model.label)
+    check_prompts(run.peft, data.train)
     check_places(model, overlay, data.train, data.eval)
     check_places(teacher, {}, data.train, data.eval)
     base = cut_for(base, overlay, run.peft, model.table)
-    rng = params.key_of(jax.random.key(run.seed), "objective")
-    own = run.objective.learned(model, teacher, rng) if hasattr(run.objective, "learned") else {}
     rules = with_head(run.peft.labels(model.table), model.always_trained)
     parts = partition(base, overlay, model.table, rules, own)
     store = {"base": base, "overlay": overlay}
@@ -201,6 +204,27 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
         run, tokenizer, data, batches, model, parts, program, placement,
         jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings,
     )  # fmt: skip
+
+
+def first_overlay(
+    run: config.Run,
+    model: Any,
+    base: params.Store,
+    own: params.Store,
+    mesh: Any,
+    batches: Any,
+    teacher: tuple[Any, Any],
+) -> Overlay:
+    """The overlay at step 0, by what the first batches ask of the weights where the method wants to know that."""
+    key, count = params.key_of(jax.random.key(run.seed), "peft"), getattr(run.peft, "batches_for_start", 0)
+    if not count:
+        return run.peft.init(key, model.table, base)
+    parts = partition(base, {}, model.table, rules_for(run.peft, model.table, base), own)
+    plain = config.Optim(name="sgd", b1=0.0)  # nothing is updated: no moments
+    program, state, frozen = assemble(run.model_copy(update={"optim": plain}), model, parts, *teacher)
+    placement = Placement(mesh, axes_of_store({"base": base, "overlay": {}}, model.table))
+    squares = fisher(program, state, frozen, batches.source, count, placement)
+    return run.peft.init(key, model.table, base, squares=squares)
 
 
 def read_data(run: config.Run, tokenizer: Any, mesh: Any) -> tuple[config.Run, Prepared, Batches]:
@@ -242,6 +266,22 @@ def task_heads(objective: Any, data: PreparedTasks) -> tuple[TaskHead, ...]:
     """The head of every task, by its labels."""
     made = [(t, t.objective.head(data.parts[t.name].labels, data.parts[t.name].problem)) for t in objective.tasks]
     return tuple(TaskHead(t.name, spec, t.head or t.name) for t, spec in made)
+
+
+def check_prompts(method: Any, examples: Any) -> None:
+    """A method that edits the prompt alone learns nothing from texts that have none.
+
+    Raises:
+      ConfigError: all tokens of all examples are trained, but for the first, which never is.
+    """
+    if not getattr(method, "edits_prompts", False) or not isinstance(examples, Examples):
+        return
+    second = examples.offsets[:-1] + 1
+    if (examples.weights[second[examples.lengths > 1]] > 0).all():
+        raise ConfigError(
+            f"peft={method.name} edits hidden values of prompts, and the data have none: every token is trained. Use data of "
+            "prompts and completions, or another method"
+        )
 
 
 def check_places(model: Any, overlay: Overlay, *parts: Any) -> None:

@@ -87,6 +87,15 @@ class Program:
           The next state and scalars: each loss term and metric as (sum, weight), "grad_norm", "lr", "finite". A step whose
           loss or gradient is not finite changes nothing but the step count.
         """
+        return self._update(state, *self.gradient(state, frozen, batches))
+
+    def gradient(self, state: State, frozen: Frozen, batches: Any) -> tuple[Any, ...]:
+        """What a step goes by.
+
+        Returns:
+          The gradient like `state.trainable`; what changes without one (running statistics, weights of tasks); the loss; each
+          term's sum; further metrics; each term's weight.
+        """
         weights = jax.tree.map(lambda w: w.sum(0), jax.vmap(self.objective.weights)(batches))
         inverse = {k: jnp.where(w > 0, 1 / jnp.where(w > 0, w, 1), 0.0) for k, w in weights.items()}
         rng = jax.random.fold_in(state.rng, state.step)
@@ -123,7 +132,7 @@ class Program:
             losses = self.objective.losses(state.hyper["coef"], {k: v * inverse[k] for k, v in sums.items()})
             extra = extra | measured(self.objective, weighting.scales(learned), gram)
             learned = weighting.update(learned, losses, gram)
-        return self._update(state, grads, (mutable, learned), value, sums, extra, weights)
+        return grads, (mutable, learned), value, sums, extra, weights
 
     def _update(
         self, state: State, grads: Any, moved: Any, value: Any, sums: Any, extra: Any, weights: Any

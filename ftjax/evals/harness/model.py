@@ -7,6 +7,8 @@ Texts become tokens, and tokens texts, as its Hugging Face backend does it (lm-e
 loses its beginning, an answer is decoded apart from its prompt, and it ends before the first stop text.
 """
 
+# The harness is an extra, which need not be there when types are checked.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import dataclasses as dc
