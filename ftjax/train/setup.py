@@ -185,7 +185,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     rng = params.key_of(jax.random.key(run.seed), "objective")
     own = run.objective.learned(model, teacher, rng) if hasattr(run.objective, "learned") else {}
-    overlay = first_overlay(run, model, base, own, mesh, batches, (teacher, known))
+    overlay = first_overlay(run, model, base, own, mesh, batches, (teacher, known), tokenizer)
     if earlier := getattr(run.model, "adapter", ""):
         base, overlay = start_from(earlier, run.peft, overlay, model.table, base, base_path=run.model.label)
     check_prompts(run.peft, data.train)
@@ -214,9 +214,12 @@ def first_overlay(
     mesh: Any,
     batches: Any,
     teacher: tuple[Any, Any],
+    tokenizer: Any,
 ) -> Overlay:
-    """The overlay at step 0, by what the first batches ask of the weights where the method wants to know that."""
+    """The overlay at step 0, by a text's tokens or by what the first batches ask of the weights where a method wants these."""
     key, count = params.key_of(jax.random.key(run.seed), "peft"), getattr(run.peft, "batches_for_start", 0)
+    if text := getattr(run.peft, "text_for_start", ""):
+        return run.peft.init(key, model.table, base, ids=tokenizer(text)["input_ids"])
     if not count:
         return run.peft.init(key, model.table, base)
     parts = partition(base, {}, model.table, rules_for(run.peft, model.table, base), own)

@@ -1,4 +1,4 @@
-"""What a run asks of its data before the first step: the weights that matter, and prompts for methods that edit them."""
+"""What a run asks before the first step: a text for its prompt, the weights that matter to its data, data with prompts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import pytest
 
 from ftjax.config import Train
 from ftjax.data.tasks.local import Local
+from ftjax.data.tokenizer import load_tokenizer
 from ftjax.errors import ConfigError
 from ftjax.models import hf
 from ftjax.models.sources import Pretrained
 from ftjax.objectives.causal_lm import CausalLM
+from ftjax.peft.prompt import Prompt
 from ftjax.peft.reft import LoReFT
 from ftjax.peft.sparse import Sparse
 from ftjax.quant.nf4 import NF4
-from tests.preferences import project, setup_of
+from tests.preferences import project, run_of, setup_of
 
 METHOD = Sparse(rank=2, choose="fisher", fisher_batches=3, targets=("q_proj", "down_proj"), layers=(1, 2))
 
@@ -53,7 +55,7 @@ def test_the_entries_with_the_largest_squared_gradients(root):
         return jax.grad(loss)(weights)
 
     keys = [k for k in base if k.endswith(("/q/w", "/down/w"))]
-    squares = dict.fromkeys(keys, 0.0)
+    squares = {k: np.zeros(base[k].shape, np.float32) for k in keys}
     for b in range(3):
         step = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, x.shape[-1]), setup.batches.source[b])
         found = gradient({k: base[k] for k in keys}, step)
@@ -86,3 +88,22 @@ def test_what_is_refused(root):
         METHOD.init(jax.random.key(0), model.table, base)
     with pytest.raises(ConfigError, match="peft=loreft edits hidden values of prompts, and the data have none"):
         made(root, LoReFT())
+
+
+def test_a_prompt_begins_as_a_text(root):
+    text = "red green blue"
+    tokenizer = load_tokenizer(root / "base")
+    ids = tokenizer(text)["input_ids"]
+    _, base = hf.load(str(root / "base"))
+    for tokens in (len(ids) - 1, 2 * len(ids) + 1):
+        setup = made(root, Prompt(tokens=tokens, start="text", text=text))
+        found = jax.tree.leaves(setup.state.trainable["overlay"])[0]
+        np.testing.assert_array_equal(found, np.asarray(base["embed/w"])[np.resize(ids, tokens)])
+    with pytest.raises(ConfigError, match="needs token ids of peft.text"):
+        Prompt(start="text", text=text).init(jax.random.key(0), setup.model.table, base)
+
+
+@pytest.mark.parametrize("settings", [{"start": "text"}, {"text": "red"}])
+def test_text_and_start_belong_together(root, settings):
+    run = run_of(root, peft=Prompt(**settings))
+    assert any("a text belongs to start=text" in line for line in run.peft.check(run))
