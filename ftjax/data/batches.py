@@ -182,6 +182,37 @@ class Examples(Flat, Sequence[Example]):
         return build_rows([[self[i] for i in row] for row in rows], length, count=count)
 
 
+class Derived:
+    """Examples made of texts, whose rows and places are theirs. Subclasses give `underlying`."""
+
+    @property
+    def underlying(self) -> Examples:
+        """The texts, one for each example."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [examples]."""
+        return self.underlying.lengths
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Index of the source row of each example."""
+        return self.underlying.rows
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Place of each source row."""
+        return self.underlying.origins
+
+    def __len__(self) -> int:
+        return len(self.underlying)
+
+    def origin(self, i: int) -> str:
+        """Where the row of example i stands."""
+        return self.underlying.origin(i)
+
+
 @struct.dataclass
 class TokenBatch:
     """Rows of packed or padded examples; leading axes are free: [B, T] or [accumulate, B, T].

@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import PAD_SEGMENT, Examples, flatten, offsets_of
+from ftjax.data.batches import PAD_SEGMENT, Derived, Examples, flatten, offsets_of
 from ftjax.data.encode import ENCODE_BATCH, Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, type_rows
 from ftjax.data.layouts import Layout, add_layout
@@ -111,7 +111,7 @@ def sentinels_of(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CorruptedExamples:
+class CorruptedExamples(Derived):
     """Encoded texts, and what is needed to hide some of their spans.
 
     Attributes:
@@ -136,21 +136,9 @@ class CorruptedExamples:
         return np.asarray([max(how.lengths(n)) for n in self.texts.lengths.tolist()], np.int64)
 
     @property
-    def rows(self) -> np.ndarray:
-        """Index of the source row of each text."""
-        return self.texts.rows
-
-    @property
-    def origins(self) -> tuple[str, ...]:
-        """Place of each source row."""
-        return self.texts.origins
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def origin(self, i: int) -> str:
-        """Where the row of text i stands."""
-        return self.texts.origin(i)
+    def underlying(self) -> Examples:
+        """See `Derived`."""
+        return self.texts
 
     def take(self, indices: np.ndarray) -> CorruptedExamples:
         """The texts at `indices`, in that order."""

@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples, build_rows, flatten, offsets_of
+from ftjax.data.batches import Derived, Examples, build_rows, flatten, offsets_of
 from ftjax.data.encode import ENCODE_BATCH, Encoded, EncodeReport, encode
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.rows import BadRows
@@ -53,7 +53,7 @@ class MaskBatch:
 
 
 @dataclass(frozen=True)
-class MaskedExamples:
+class MaskedExamples(Derived):
     """Encoded texts, and what is needed to hide some of their tokens.
 
     Attributes:
@@ -67,26 +67,9 @@ class MaskedExamples:
     numbers: np.ndarray
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 [examples]."""
-        return self.texts.lengths
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Index of the source row of each text."""
-        return self.texts.rows
-
-    @property
-    def origins(self) -> tuple[str, ...]:
-        """Place of each source row."""
-        return self.texts.origins
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def origin(self, i: int) -> str:
-        """Where the row of text i stands."""
-        return self.texts.origin(i)
+    def underlying(self) -> Examples:
+        """See `Derived`."""
+        return self.texts
 
     def take(self, indices: np.ndarray) -> MaskedExamples:
         """The texts at `indices`, in that order."""

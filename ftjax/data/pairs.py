@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples, build_rows
+from ftjax.data.batches import Derived, Examples, build_rows
 from ftjax.data.encode import Encoded, EncodeReport, encode
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.rows import BadRows, Row
@@ -49,7 +49,7 @@ class PairBatch:
 
 
 @dataclass(frozen=True)
-class PairExamples:
+class PairExamples(Derived):
     """Encoded pairs.
 
     Attributes:
@@ -71,21 +71,9 @@ class PairExamples:
         return np.maximum(self.first.lengths, self.second.lengths)
 
     @property
-    def rows(self) -> np.ndarray:
-        """Index of the source row of each pair."""
-        return self.first.rows
-
-    @property
-    def origins(self) -> tuple[str, ...]:
-        """Place of each source row."""
-        return self.first.origins
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def origin(self, i: int) -> str:
-        """Where the row of pair i stands."""
-        return self.first.origin(i)
+    def underlying(self) -> Examples:
+        """See `Derived`."""
+        return self.first
 
     def take(self, indices: np.ndarray) -> PairExamples:
         """The pairs at `indices`, in that order."""

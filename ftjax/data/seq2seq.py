@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
-from ftjax.data.batches import Examples, flatten, offsets_of
+from ftjax.data.batches import Derived, Examples, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport, ending, with_end
 from ftjax.data.formats import DatasetType, TypedRows
 from ftjax.data.labels import tokenized
@@ -46,7 +46,7 @@ class SeqBatch:
 
 
 @dataclass(frozen=True)
-class SeqExamples:
+class SeqExamples(Derived):
     """Encoded sources and answers, one of each per row."""
 
     sources: Examples
@@ -58,21 +58,9 @@ class SeqExamples:
         return np.maximum(self.sources.lengths, self.answers.lengths)
 
     @property
-    def rows(self) -> np.ndarray:
-        """Index of the source row of each example."""
-        return self.sources.rows
-
-    @property
-    def origins(self) -> tuple[str, ...]:
-        """Place of each source row."""
-        return self.sources.origins
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def origin(self, i: int) -> str:
-        """Where the row of example i stands."""
-        return self.sources.origin(i)
+    def underlying(self) -> Examples:
+        """See `Derived`."""
+        return self.sources
 
     def take(self, indices: np.ndarray) -> SeqExamples:
         """The examples at `indices`, in that order."""

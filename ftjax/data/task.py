@@ -96,6 +96,30 @@ class Task(Protocol):
         ...
 
 
+class Plain:
+    """What most data sets have: rows with our names, no chat template, nothing generated, texts that are truncated."""
+
+    @property
+    def chat_template(self) -> str:
+        """None."""
+        return ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """None: the rows have our names already."""
+        return ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """None of generated texts."""
+        return ()
+
+    @property
+    def wraps(self) -> bool:
+        """Texts are never cut into pieces."""
+        return False
+
+
 def fixed_prompts(rows: Sequence[Row], n: int, *, columns: Sequence[str] = ()) -> list[Prompt]:
     """Prompts from held-out rows: the n with the smallest hashes, so that a longer data set keeps most of them."""
     if not rows or n <= 0:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ftjax.data.images import Picture, Recipe, normalisation_of, resize
 from ftjax.data.rows import BadRows, Row, share_of
-from ftjax.data.task import Prompt, Split
+from ftjax.data.task import Plain, Prompt, Split
 from ftjax.errors import DataError
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -21,7 +21,7 @@ _BRIGHTEST = 16  # of scikit-learn's digits
 
 
 @register("data")
-class Digits(Component):
+class Digits(Plain, Component):
     """scikit-learn's digits, enlarged."""
 
     name: Literal["digits"] = "digits"
@@ -33,26 +33,6 @@ class Digits(Component):
     padding: int = Field(0, ge=0, description="While training: border out of which the picture is cut at random.")
     flip: bool = Field(False, description="While training: mirror every second picture. Digits are not symmetric.")
     eval_share: float = Field(0.2, gt=0, lt=1, description="Pictures held out, by hash.")
-
-    @property
-    def chat_template(self) -> str:
-        """No text."""
-        return ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The rows have our names already."""
-        return ()
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Nothing is generated."""
-        return ()
-
-    @property
-    def wraps(self) -> bool:
-        """No text."""
-        return False
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
         """Rows ``{"image", "label"}`` of "train" or "eval".

@@ -24,7 +24,7 @@ from ftjax.data.labels import REGRESSION, SINGLE
 from ftjax.data.parsers import Source, decode
 from ftjax.data.reader import file_sha256, read_bytes, read_rows
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Prompt, Split
+from ftjax.data.task import Plain, Prompt, Split
 from ftjax.data.tasks.hub import Hub
 from ftjax.errors import DataError
 from ftjax.evals import labels as metrics
@@ -81,7 +81,7 @@ TASKS: dict[str, Spec] = {
 
 
 @register("data")
-class Glue(Component):
+class Glue(Plain, Component):
     """A task of GLUE, from the hub or from local files."""
 
     name: Literal["glue"] = "glue"
@@ -89,26 +89,6 @@ class Glue(Component):
     path: str = Field("", description="Folder with GLUE's files, parquet or tsv, or with one task's; empty: the hub.")
     mnli: Literal["matched", "mismatched"] = Field("matched", description="mnli: which validation split is held out.")
     revision: str = Field("", description="Commit of the hub's repository; pin one to repeat a run.")
-
-    @property
-    def chat_template(self) -> str:
-        """Plain text: no chat template."""
-        return ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The rows have our names already."""
-        return ()
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """None of generated texts; see `scored`."""
-        return ()
-
-    @property
-    def wraps(self) -> bool:
-        """Texts are truncated."""
-        return False
 
     @property
     def spec(self) -> Spec:

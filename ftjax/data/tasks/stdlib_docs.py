@@ -22,7 +22,7 @@ from typing import Literal
 
 from ftjax.data import stdlib
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Prompt, Split, fixed_prompts
+from ftjax.data.task import Plain, Prompt, Split, fixed_prompts
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -31,30 +31,15 @@ _SENTENCE = re.compile(r"(.+?[.!?])(?=\s+[A-Z`\"'(*]|\s*$)", re.DOTALL)
 
 
 @register("data")
-class StdlibDocs(Component):
+class StdlibDocs(Plain, Component):
     """Signatures of the standard library -> first sentence of the docstring."""
 
     name: Literal["stdlib_docs"] = "stdlib_docs"
 
     @property
-    def chat_template(self) -> str:
-        """Plain text: no chat template."""
-        return ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The rows have our names already."""
-        return ()
-
-    @property
     def metrics(self) -> tuple[str, ...]:
         """Overlap of the generated with the real sentence."""
         return ("rouge_l", "token_f1")
-
-    @property
-    def wraps(self) -> bool:
-        """Pairs are never cut into pieces."""
-        return False
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
         """Rows ``{"prompt", "completion", "module"}`` of "train" or "eval"."""

@@ -12,31 +12,16 @@ from typing import Literal
 
 from ftjax.data import stdlib
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Prompt, Split, fixed_prompts
+from ftjax.data.task import Plain, Prompt, Split, fixed_prompts
 from ftjax.registry import register
 from ftjax.schema import Component
 
 
 @register("data")
-class StdlibText(Component):
+class StdlibText(Plain, Component):
     """Sources and help texts of the standard library, for pre-training."""
 
     name: Literal["stdlib_text"] = "stdlib_text"
-
-    @property
-    def chat_template(self) -> str:
-        """Plain text: no chat template."""
-        return ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The rows have our names already."""
-        return ()
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The held-out loss says it all."""
-        return ()
 
     @property
     def wraps(self) -> bool:

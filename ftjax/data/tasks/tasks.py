@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Prompt, Split
+from ftjax.data.task import Plain, Prompt, Split
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -21,7 +21,7 @@ Mixing = Literal["proportional", "temperature", "fixed"]
 
 
 @register("data")
-class Tasks(Component):
+class Tasks(Plain, Component):
     """The data sets of the tasks of objective=multi_task, mixed."""
 
     name: Literal["tasks"] = "tasks"
@@ -30,26 +30,6 @@ class Tasks(Component):
         description="Shares of the tasks. proportional: by examples; temperature: by n^(1/T); fixed: as the tasks say.",
     )
     temperature: float = Field(2.0, gt=0, description="T of mixing=temperature; 1: proportional, larger: more even.")
-
-    @property
-    def chat_template(self) -> str:
-        """Each task has its own."""
-        return ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Each task has its own."""
-        return ()
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Each task has its own."""
-        return ()
-
-    @property
-    def wraps(self) -> bool:
-        """Each task decides for itself."""
-        return False
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
         """None of its own."""
