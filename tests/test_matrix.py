@@ -190,12 +190,11 @@ def test_cell(cell, whole, tmp_path):
     leaves = jax.tree.leaves(t.state)
     assert len({*map(id, leaves)}) == len(leaves)  # a run donates them: no array may stand in two places
 
-    options = None if whole else QUICK
     if peft.identity_at_init:
-        apply = jax.jit(t.model.apply, compiler_options=options)
+        apply = jax.jit(t.model.apply)  # compiled as runs are: the last bit depends on how sums are vectorized
         assert (apply(bind(t.base, t.overlay), inputs).logits == apply(t.base, inputs).logits).all()
 
-    step = jax.jit(t.program.train, compiler_options=options)
+    step = jax.jit(t.program.train, compiler_options=None if whole else QUICK)
     held = jax.tree.map(np.asarray, t.frozen)
     states = [t.state]
     for _ in range(3):
