@@ -97,7 +97,7 @@ class Task(Protocol):
 
 
 class Plain:
-    """What most data sets have: rows with our names, no chat template, nothing generated, texts that are truncated."""
+    """What most data sets have: rows with our names, no chat template, texts that are truncated."""
 
     @property
     def chat_template(self) -> str:
@@ -110,14 +110,18 @@ class Plain:
         return ()
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """None of generated texts."""
-        return ()
-
-    @property
     def wraps(self) -> bool:
         """Texts are never cut into pieces."""
         return False
+
+
+class Silent(Plain):
+    """A plain data set of which nothing is generated."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """None of generated texts."""
+        return ()
 
 
 def fixed_prompts(rows: Sequence[Row], n: int, *, columns: Sequence[str] = ()) -> list[Prompt]:

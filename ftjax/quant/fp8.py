@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ftjax.params import ParamSpec
-from ftjax.quant.base import Quantized, Storage
+from ftjax.quant.base import Storage
+from ftjax.quant.by_output import ByOutput, scaled
 from ftjax.registry import register
 
 LARGEST = 448
@@ -22,33 +22,18 @@ LARGEST = 448
 
 
 @struct.dataclass
-class FP8Weight(Quantized):
+class FP8Weight(ByOutput):
     """A kernel by outputs.
 
     Attributes:
       codes: [in, out] uint8, the bits of float8_e4m3fn numbers from -448 to 448. As bits, because a compiler without
         that type carries such an array through the loop over layers in float16, at twice the size.
-      absmax: [out] float32.
     """
-
-    codes: jax.Array
-    absmax: jax.Array
-    sides: tuple[int, int] = struct.field(pytree_node=False)
-    dtype: str = struct.field(pytree_node=False)
-
-    @property
-    def layers(self) -> int:
-        """See `Quantized`."""
-        return self.codes.shape[0] if self.codes.ndim == 3 else 0
 
     def kernel(self) -> jax.Array:
         """See `Quantized`."""
         values = jax.lax.bitcast_convert_type(self.codes, jnp.float8_e4m3fn)
         return values.astype(jnp.float32) * (self.absmax / LARGEST)
-
-    def axes(self, spec: ParamSpec) -> dict[str, tuple[str | None, ...]]:
-        """As the kernel's own."""
-        return {"codes": spec.axes, "absmax": (*spec.axes[:-2], spec.axes[-1])}
 
 
 @register("quant")
@@ -59,8 +44,7 @@ class FP8(Storage):
 
     def pack(self, w: jax.Array, dtype: str) -> FP8Weight:
         """See `Storage`; an output without any weight keeps zeros."""
-        absmax = jnp.abs(w).max(axis=0)
-        values = w * (LARGEST / jnp.where(absmax > 0, absmax, 1))
+        values, absmax = scaled(w, LARGEST)
         codes = jax.lax.bitcast_convert_type(values.astype(jnp.float8_e4m3fn), jnp.uint8)
         inner, outer = w.shape
         return FP8Weight(codes, absmax, (inner, outer), dtype)

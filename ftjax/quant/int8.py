@@ -13,39 +13,24 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ftjax.params import ParamSpec
-from ftjax.quant.base import Quantized, Storage
+from ftjax.quant.base import Storage
+from ftjax.quant.by_output import ByOutput, scaled
 from ftjax.registry import register
 
 LARGEST = 127
 
 
 @struct.dataclass
-class Int8Weight(Quantized):
+class Int8Weight(ByOutput):
     """A kernel by outputs.
 
     Attributes:
       codes: [in, out] int8, from -127 to 127.
-      absmax: [out] float32.
     """
-
-    codes: jax.Array
-    absmax: jax.Array
-    sides: tuple[int, int] = struct.field(pytree_node=False)
-    dtype: str = struct.field(pytree_node=False)
-
-    @property
-    def layers(self) -> int:
-        """See `Quantized`."""
-        return self.codes.shape[0] if self.codes.ndim == 3 else 0
 
     def kernel(self) -> jax.Array:
         """See `Quantized`."""
         return self.codes.astype(jnp.float32) * (self.absmax / LARGEST)
-
-    def axes(self, spec: ParamSpec) -> dict[str, tuple[str | None, ...]]:
-        """As the kernel's own."""
-        return {"codes": spec.axes, "absmax": (*spec.axes[:-2], spec.axes[-1])}
 
 
 @register("quant")
@@ -56,7 +41,6 @@ class Int8(Storage):
 
     def pack(self, w: jax.Array, dtype: str) -> Int8Weight:
         """See `Storage`; an output without any weight keeps zeros."""
-        absmax = jnp.abs(w).max(axis=0)
-        codes = jnp.round(w * (LARGEST / jnp.where(absmax > 0, absmax, 1)))
+        values, absmax = scaled(w, LARGEST)
         inner, outer = w.shape
-        return Int8Weight(codes.astype(jnp.int8), absmax, (inner, outer), dtype)
+        return Int8Weight(jnp.round(values).astype(jnp.int8), absmax, (inner, outer), dtype)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ftjax.data.images import Picture, Recipe, normalisation_of, resize
 from ftjax.data.rows import BadRows, Row, share_of
-from ftjax.data.task import Plain, Prompt, Split
+from ftjax.data.task import Prompt, Silent, Split
 from ftjax.errors import DataError
 from ftjax.registry import register
 from ftjax.schema import Component
@@ -21,7 +21,7 @@ _BRIGHTEST = 16  # of scikit-learn's digits
 
 
 @register("data")
-class Digits(Plain, Component):
+class Digits(Silent, Component):
     """scikit-learn's digits, enlarged."""
 
     name: Literal["digits"] = "digits"

@@ -24,7 +24,7 @@ from ftjax.data.labels import REGRESSION, SINGLE
 from ftjax.data.parsers import Source, decode
 from ftjax.data.reader import file_sha256, read_bytes, read_rows
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Plain, Prompt, Split
+from ftjax.data.task import Prompt, Silent, Split
 from ftjax.data.tasks.hub import Hub
 from ftjax.errors import DataError
 from ftjax.evals import labels as metrics
@@ -81,7 +81,7 @@ TASKS: dict[str, Spec] = {
 
 
 @register("data")
-class Glue(Plain, Component):
+class Glue(Silent, Component):
     """A task of GLUE, from the hub or from local files."""
 
     name: Literal["glue"] = "glue"

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ftjax.data.formats import rename
 from ftjax.data.rows import BadRows, Row, row_hash
-from ftjax.data.task import Prompt, Question, Split
+from ftjax.data.task import Plain, Prompt, Question, Split
 from ftjax.data.tasks.local import Local
 from ftjax.errors import DataError
 from ftjax.registry import register
@@ -25,7 +25,7 @@ from ftjax.schema import Component
 
 
 @register("data")
-class MultipleChoice(Component):
+class MultipleChoice(Plain, Component):
     """Local files of questions with choices: JSON, JSONL (.gz), Parquet."""
 
     name: Literal["multiple_choice"] = "multiple_choice"
@@ -38,21 +38,6 @@ class MultipleChoice(Component):
     delimiter: str = Field(" ", description="What stands between the prompt and an answer.")
     renames: tuple[str, ...] = Field((), description="Renamed columns, each 'ours=theirs', e.g. 'answer=answerKey'.")
     metrics: tuple[str, ...] = Field(("acc", "acc_norm"), description="Metrics on held-out questions.")
-
-    @property
-    def chat_template(self) -> str:
-        """Plain text: no chat template."""
-        return ""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The rows have our names already."""
-        return ()
-
-    @property
-    def wraps(self) -> bool:
-        """Pairs are never cut into pieces."""
-        return False
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
         """Rows ``{"prompt", "completion"}`` of "train" or "eval", the right answer as the completion."""

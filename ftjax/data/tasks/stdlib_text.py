@@ -12,13 +12,13 @@ from typing import Literal
 
 from ftjax.data import stdlib
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Plain, Prompt, Split, fixed_prompts
+from ftjax.data.task import Prompt, Silent, Split, fixed_prompts
 from ftjax.registry import register
 from ftjax.schema import Component
 
 
 @register("data")
-class StdlibText(Plain, Component):
+class StdlibText(Silent, Component):
     """Sources and help texts of the standard library, for pre-training."""
 
     name: Literal["stdlib_text"] = "stdlib_text"

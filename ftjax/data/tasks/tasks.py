@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ftjax.data.rows import BadRows, Row
-from ftjax.data.task import Plain, Prompt, Split
+from ftjax.data.task import Prompt, Silent, Split
 from ftjax.registry import register
 from ftjax.schema import Component
 
@@ -21,7 +21,7 @@ Mixing = Literal["proportional", "temperature", "fixed"]
 
 
 @register("data")
-class Tasks(Plain, Component):
+class Tasks(Silent, Component):
     """The data sets of the tasks of objective=multi_task, mixed."""
 
     name: Literal["tasks"] = "tasks"
