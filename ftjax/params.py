@@ -118,7 +118,8 @@ def site(module: nn.Module, name: str, value: Any, seq: Any, spec: ParamSpec, **
       seq: the batch.
       spec: the site in the table.
       around: what the tap may look at. At a part's output: `residual`, the stream that the output will be added to, and
-        `norm`, what follows that addition (left out where nothing does).
+        `norm`, what follows that addition (left out where nothing does). At keys and values: `hidden`, the present tokens'
+        values [B, T, D] that the projections read.
     """
     if module.is_initializing():
         module.param(name, lambda _: _Declared(jnp.zeros(spec.shape), spec))

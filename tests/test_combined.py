@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ftjax import config, params
 from ftjax.configfile import dump, load
@@ -15,10 +16,12 @@ from ftjax.errors import ConfigError, DataError
 from ftjax.headspec import HeadSpec
 from ftjax.params import bounds, cut
 from ftjax.peft.adapter import Parallel, Pfeiffer
+from ftjax.peft.adapters import load_adapters
 from ftjax.peft.base import CONST, bind, cut_for, merge
 from ftjax.peft.combined import Combine
 from ftjax.peft.compacter import Compacter
 from ftjax.peft.full import Full
+from ftjax.peft.gates import Gated
 from ftjax.peft.ia3 import IA3
 from ftjax.peft.interop import head_of, load_adapter, save_adapter
 from ftjax.peft.lora import LoRA
@@ -156,6 +159,99 @@ def test_a_head_is_kept(tmp_path):
     assert set(file.saved) == set(saved)
     for key, value in saved.items():
         np.testing.assert_array_equal(file.saved[key], value)
+
+
+GATED = Combine(methods=(LoRA(rank=2, targets=QV), Prefix(tokens=3), Compacter(reduction=4)), gates=True)
+
+
+@pytest.mark.parametrize(
+    ("methods", "text"),
+    [
+        ((BitFit(), Norms()), r"none of the methods \(bitfit, norms\) has a gate"),
+        ((IA3(), BitFit()), "LoRA, prefix tuning and bottleneck adapters have"),
+        ((LoRA(rank=2, targets=("embed", "q")), Prefix()), "peft.gates: embed/w is no matrix that hidden values enter"),
+    ],
+)
+def test_gates_that_would_be_none(methods, text):
+    model = model_of()
+    for ask in (lambda m: m.labels(model.table), lambda m: m.init(jax.random.key(0), model.table, {})):
+        with pytest.raises(ConfigError, match=text):
+            ask(Combine(methods=methods, gates=True))
+    Combine(methods=methods).labels(model.table)
+
+
+def test_gates_at_the_start():
+    """As in AdapterHub: w small, c that of a linear layer but for adapters; B and U at zero make the gate of no matter."""
+    model = model_of()
+    base, plain = tiny.weights(model), GATED.model_copy(update={"gates": False})
+    overlay, without = (m.init(jax.random.key(0), model.table, base) for m in (GATED, plain))
+    for key, entry in without.items():
+        same = overlay[key] if key == "input/tap" else overlay[key].inner
+        jax.tree.map(np.testing.assert_array_equal, same, entry)
+    for key, entry in overlay.items():
+        if key != "input/tap":
+            assert entry.gate.w.shape == (4, 32) and 0.015 < float(entry.gate.w.std()) < 0.025
+            assert float(jnp.abs(entry.gate.c).max()) < 32**-0.5 and bool(entry.gate.c.any()) == ("_out" not in key)
+    assert GATED.identity_at_init is False and not GATED.mergeable
+    assert Combine(methods=(LoRA(), Pfeiffer()), gates=True).identity_at_init
+    assert [group for _, group in GATED.labels(model.table)].count("gate") == 2 * (len(overlay) - 1)
+
+
+def test_a_gate_has_no_merged_weight():
+    model, combined = model_of(), Combine(methods=(LoRA(rank=2, targets=QV), Norms()), gates=True)
+    base = tiny.weights(model)
+    with pytest.raises(ConfigError, match="a gate is another for every token"):
+        merge(bind(base, combined.init(jax.random.key(0), model.table, base)), model.table)
+
+
+def test_gates_in_a_folder(tmp_path):
+    model = model_of()
+    base = tiny.weights(model)
+    overlay = GATED.init(jax.random.key(0), model.table, base)
+    save_adapter(tmp_path / "a", overlay, model.table, GATED, base_path="base")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers"
+    for module in ("self_attn.q_proj", "self_attn.v_proj", "attn_kv", "attn_out", "mlp_out"):
+        assert tensors[f"{stem}.3.{module}.gate.weight"].shape == (1, 32)
+    np.testing.assert_array_equal(tensors[f"{stem}.3.attn_kv.gate.bias"], overlay["layers[0:4]/attn_kv"].gate.c[3:])
+    assert len(tensors) == 5 * 4 * 2
+    file = load_adapter(tmp_path / "a", model.table, base)
+    assert file.method.gates and file.overlay.keys() == overlay.keys()
+    assert tiny.largest(file.overlay, overlay) < 1e-6
+    assert not isinstance(load_adapter(tmp_path / "a" / "lora", model.table, base).overlay["layers[0:4]/q/w"], Gated)
+
+    several = load_adapters(model, base, {"one": tmp_path / "a"})
+    inputs = {"input_ids": jnp.asarray([[5, 6, 7]])}
+    want, got = (model.apply(p, inputs).logits for p in (bind(base, overlay), several.use("one")))
+    assert tiny.largest(want, got) < 1e-6
+    with pytest.raises(ConfigError, match="is no LoRA"):
+        several.rows(["one"])
+
+    def refused(change, settings, text):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file(changed, tmp_path / "a" / "adapter_model.safetensors")
+        path = tmp_path / "a" / "adapter_config.json"
+        kept = path.read_text()
+        path.write_text(json.dumps(json.loads(kept) | settings))
+        with pytest.raises(DataError, match=text):
+            load_adapter(tmp_path / "a", model.table, base)
+        path.write_text(kept)
+
+    name = f"{stem}.0.attn_kv.gate.weight"
+    refused({name: None}, {}, r"0.attn_kv.gate.weight  missing   expected \[1, 32\]")
+    refused({name: np.zeros((1, 8), np.float32)}, {}, r"misshapen \[1, 8\], expected \[1, 32\]")
+    refused({name + "s": tensors[name]}, {}, r"extra +\S*attn_kv.gate.weights")
+    refused({}, {"gates": False}, "extra")  # as in a file without gates
+    refused({}, {"gates": "yes"}, "gates='yes'  expected true or false")
+
+
+def test_files_without_gates_do_not_speak_of_them(tmp_path):
+    model, plain = model_of(), GATED.model_copy(update={"gates": False})
+    overlay = plain.init(jax.random.key(0), model.table, tiny.weights(model))
+    assert not any(isinstance(e, Gated) for e in overlay.values())
+    save_adapter(tmp_path, overlay, model.table, plain, base_path="base")
+    assert "gates" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not load_file(tmp_path / "adapter_model.safetensors")
 
 
 def test_resume(tmp_path):

@@ -114,7 +114,7 @@ class Prefix:
     k: jax.Array
     v: jax.Array
 
-    def __call__(self, kv: KV, _: Seq) -> KV:
+    def __call__(self, kv: KV, _: Seq, **around: jax.Array) -> KV:
         B, n = kv.k.shape[0], len(self.k)
         front = [jnp.broadcast_to(x, (B, *x.shape)) for x in (self.k, self.v)]
         flat = jnp.zeros((B, n), jnp.int32)

@@ -15,6 +15,7 @@ import dataclasses as dc
 import functools
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,18 @@ SMALL = {
     "vera": {"rank": 4, "dropout": 0.1},
     "sparse": {"rank": 2},
 }
+# Settings of a method that make it another one: cells beside those of the registry.
+UNIPELT = (
+    {"name": "lora", "rank": 2, "targets": ("q", "v"), "dropout": 0.1},
+    {"name": "prefix", "tokens": 3},
+    {"name": "pfeiffer", "reduction": 4},
+)
+VARIANTS = {
+    "combine_gates": (
+        "combine",
+        {"methods": tuple(registry.get("peft", m["name"])(**m) for m in UNIPELT), "gates": True},
+    ),
+}
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")
 COMMON = ("full", "lora", "prefix")
@@ -81,6 +94,21 @@ class Cell:
         return f"{self.objective}-{self.peft}-{self.family}" + ("" if self.quant == "none" else f"-{self.quant}")
 
 
+# The cells of `VARIANTS`; the first and the last are gone through in full.
+VARIED = [
+    Cell("causal_lm", "combine_gates", "llama"),
+    Cell("classification", "combine_gates", "bert"),
+    Cell("seq2seq", "combine_gates", "t5"),
+    Cell("causal_lm", "combine_gates", "llama", "nf4"),
+]
+
+
+def method_of(name: str) -> Any:
+    """A method on a tiny model, or one of `VARIANTS`."""
+    kind, settings = VARIANTS.get(name, (name, SMALL.get(name, {})))
+    return registry.get("peft", kind)(**settings)
+
+
 def impossible(cell: Cell) -> str:
     """Why a combination cannot be; empty: it can."""
     wanted, had = registry.get("objective", cell.objective).heads, registry.get("family", cell.family).heads
@@ -92,7 +120,7 @@ def impossible(cell: Cell) -> str:
 @functools.cache
 def refused(peft: str, family: str, quant: str) -> str:
     """Why a method itself refuses a model (no such weights, no biases, or it trains what is quantized); empty: it can."""
-    table, method = MODELS[family]().table, registry.get("peft", peft)(**SMALL.get(peft, {}))
+    table, method = MODELS[family]().table, method_of(peft)
     storage = registry.get("quant", quant)()
     try:
         storage.fit(table)
@@ -170,6 +198,7 @@ def pytest_generate_tests(metafunc):
         full = metafunc.config.getoption("--matrix") == "full"
         chosen = cells if full else covering(cells)
         every = set(chosen) if full else thorough(chosen)
+        chosen, every = [*chosen, *VARIED], every | {VARIED[0], VARIED[-1]}
         metafunc.parametrize("cell, whole", [(c, c in every) for c in chosen], ids=[str(c) for c in chosen])
 
 
@@ -178,7 +207,7 @@ def test_every_registered_family_has_a_tiny_model():
 
 
 def test_cell(cell, whole, tmp_path):
-    peft = registry.get("peft", cell.peft)(**SMALL.get(cell.peft, {}))
+    peft = method_of(cell.peft)
     objective = registry.get("objective", cell.objective)()
     labels = label_names(3) if head_kind(cell) not in VOCABULARY else ()
     model = MODELS[cell.family](head=objective.head(labels))

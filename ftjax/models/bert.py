@@ -159,7 +159,7 @@ class PostNormBlock(nn.Module):
             for name, axis in (("q", "heads"), ("k", "kv"), ("v", "kv"))
         )
         kv = KV(k, v, seq.positions, seq.segments)
-        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, D // N), ("kv", "head"), "site"))
+        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, D // N), ("kv", "head"), "site"), hidden=h)
         a = attend(q, kv, seq, scale=(D // N) ** -0.5, causal=False)
         ln1, ln2 = self.norm("ln1"), self.norm("ln2")
         a = site(self, "attn_out", self.linear(D, ("heads", "embed"), "o")(a), seq, hidden, residual=h, norm=ln1)

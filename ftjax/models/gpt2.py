@@ -141,7 +141,7 @@ class GPT2Block(nn.Module):
         both = self.linear(3 * D, ("embed", None), "qkv", "attn.c_attn")(x)
         q, k, v = (y.reshape(*x.shape[:2], N, H) for y in jnp.split(both, 3, axis=-1))
         kv, cache = extend(cache, layer, k, v, seq)
-        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
+        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"), hidden=x)
         scale = H**-0.5 if c.scale_by_head else 1.0
         a = attend(q, kv, seq, scale=scale / (jnp.asarray(layer, jnp.float32) + 1) if c.scale_by_layer else scale)
         a = self.linear(D, ("heads", "embed"), "o", "attn.c_proj")(a)

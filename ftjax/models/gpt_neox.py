@@ -126,7 +126,7 @@ class GPTNeoXBlock(nn.Module):
         inv_freq = jnp.asarray(c.rope.inv_freq(H))
         q, k = (rotate(y, seq.positions, inv_freq, scale=1.0) for y in (q, k))
         kv, cache = extend(cache, layer, k, v, seq)
-        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
+        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"), hidden=x)
         a = attend(q, kv, seq, scale=H**-0.5)
         a = self.linear(D, ("heads", "embed"), "o", "attention.dense", c.attention_bias)(a)
         a = site(self, "attn_out", a, seq, hidden, residual=h)

@@ -41,12 +41,16 @@ class Seq:
 
 @struct.dataclass
 class KV:
-    """Keys and values with what decides who may see them: k, v [B, S, K, H], positions and segments [B, S]."""
+    """Keys and values with what decides who may see them: k, v [B, S, K, H], positions and segments [B, S].
+
+    `gates` [B, T, S], if there are any, are factors on each key and value as a query sees it.
+    """
 
     k: jax.Array
     v: jax.Array
     positions: jax.Array
     segments: jax.Array
+    gates: jax.Array | None = None
 
 
 @struct.dataclass
@@ -214,13 +218,16 @@ def attend(
     K = kv.k.shape[2]
     q = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(scale, q_BTNH.dtype)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, kv.k, preferred_element_type=jnp.float32)
+    gates = None if kv.gates is None else kv.gates[:, None, None].astype(scores.dtype)
+    scores = scores if gates is None else scores * gates
     if cap is not None:
         scores = soft_cap(scores, cap)
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, (B, N, *scores.shape[3:])).reshape(scores.shape)
     mask = visible(seq, kv, causal=causal, window=window)
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(kv.v.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = (weights if gates is None else weights * gates).astype(kv.v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, kv.v).reshape(B, T, N * H)
 
 

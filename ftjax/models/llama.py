@@ -236,7 +236,8 @@ class LlamaBlock(nn.Module):
         q = rotate(q, seq.positions, inv_freq, scale=1.0)
         k = rotate(k, seq.positions, inv_freq, scale=1.0)
         kv, cache = extend(cache, layer, k, v, seq)
-        kv: KV = site(self, "attn_kv", kv, seq, ParamSpec((c.num_key_value_heads, c.head_dim), ("kv", "head"), "site"))
+        pairs = ParamSpec((c.num_key_value_heads, c.head_dim), ("kv", "head"), "site")
+        kv: KV = site(self, "attn_kv", kv, seq, pairs, hidden=x)
         scale = c.head_dim**-0.5 if arch.scale is None else arch.scale
         a = attend(q, kv, seq, scale=scale, window=window, cap=arch.attention_cap)
         return self.linear(c.hidden_size, ("heads", "embed"), "o", "self_attn.o_proj", bias=c.attention_bias)(a), cache

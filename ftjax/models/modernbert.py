@@ -187,7 +187,7 @@ class ModernBertBlock(nn.Module):
         window, inv_freq = self.reach(layer)
         q, k = (rotate(y, seq.positions, inv_freq, scale=1.0) for y in (q, k))
         kv = KV(k, v, seq.positions, seq.segments)
-        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
+        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"), hidden=x)
         a = attend(q, kv, seq, scale=H**-0.5, causal=False, window=window)
         a = self.linear(D, ("heads", "embed"), "o", "attn.Wo", bias=c.attention_bias)(a)
         h = h + site(self, "attn_out", a, seq, hidden, residual=h)

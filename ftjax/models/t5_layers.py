@@ -121,7 +121,7 @@ class T5Block(nn.Module):
         k, v = (heads(x, 0, f"SelfAttention.{n}", n, "kv", D) for n in "kv")
         kv, cache = extend(cache, layer, k, v, seq)
         if self.side == "decoder":
-            kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
+            kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"), hidden=x)
         own = bias[..., bias.shape[-1] - kv.k.shape[1] :]  # without the columns of a prefix that other layers have
         a = attend(q, kv, seq, scale=1.0, causal=self.side == "decoder", bias=own)
         a = self.linear(0, "SelfAttention.o", "o", D, ("heads", "embed"), N * H)(a)

@@ -147,7 +147,7 @@ class ViTBlock(nn.Module):
 
         q, k, v = project("q", "query", "heads"), project("k", "key", "kv"), project("v", "value", "kv")
         kv = KV(k, v, seq.positions, seq.segments)
-        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"))
+        kv = site(self, "attn_kv", kv, seq, ParamSpec((N, H), ("kv", "head"), "site"), hidden=x)
         a = attend(q, kv, seq, scale=H**-0.5, causal=False)
         return self.linear(c.hidden_size, ("heads", "embed"), "o", "attention.output.dense")(a)
 

@@ -76,12 +76,18 @@ class Bottleneck:
 
     def __call__(self, y: jax.Array, seq: Any, *, residual: jax.Array, norm: Any = None) -> jax.Array:
         """A part's output y [B, T, D] with the adapter's added; see `ftjax.params.site` for the rest."""
+        return y + self.update(self.read(y, residual=residual, norm=norm))
+
+    def read(self, y: jax.Array, *, residual: jax.Array, norm: Any = None) -> jax.Array:
+        """What enters the adapter [B, T, D]."""
         if self.reads == "sum":
             x = y + residual
-            x = x if norm is None else norm(x)
-        else:
-            x = y if self.reads == "output" else residual
-        return y + self.scale.astype(y.dtype) * self.project(x)
+            return x if norm is None else norm(x)
+        return y if self.reads == "output" else residual
+
+    def update(self, x: jax.Array) -> jax.Array:
+        """What the adapter makes of x [B, T, D], the scale included."""
+        return self.scale.astype(x.dtype) * self.project(x)
 
     def act(self, x: jax.Array) -> jax.Array:
         """The non-linearity."""

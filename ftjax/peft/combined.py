@@ -1,14 +1,16 @@
 """Several methods at once: their overlays side by side, each with its own groups and its own folder in the export.
 
-MAM adapter: prefix + parallel adapter (He et al. 2021, arXiv:2110.04366); UniPELT without its gates: LoRA + prefix + adapter
-(Mao et al. 2021, arXiv:2110.07577).
+MAM adapter: prefix + parallel adapter (He et al. 2021, arXiv:2110.04366); UniPELT: LoRA + prefix + adapter, each
+under a learned gate (Mao et al. 2021, arXiv:2110.07577; `ftjax.peft.gates`).
 
     peft=Combine(methods=(Prefix(tokens=16), Parallel(reduction=2)))
     peft=Combine(methods=(LoRA(targets=("q", "v")), BitFit()))
+    peft=Combine(methods=(LoRA(targets=("q", "v")), Prefix(tokens=10), Pfeiffer()), gates=True)
 
 A weight or a site belongs to one method: what two adapters on one weight would mean depends on their order. Each method begins
 as it would alone with the same seed. The folder has one of PEFT's (or AdapterHub's) per method, named after it, and at the
-top what belongs to none: the head, and the weights of methods that train the base and have no file of their own.
+top what belongs to none: the head, the gates, and the weights of methods that train the base and have no file of their own.
+Opened alone, a folder's method is without its gates, as if they were 1.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pydantic import Field, field_validator
 from ftjax import registry
 from ftjax.errors import ConfigError, DataError, listing
 from ftjax.params import ParamSpec, Store, Table, bounds, cut, in_file, ranged, spec_of, unranged
+from ftjax.peft import gates
 from ftjax.peft.base import FROZEN, Overlay, cut_for
 from ftjax.peft.interop import PREFIX, Codec, Tensors, check_settings, load_adapter, save_adapter
 from ftjax.registry import register
@@ -90,7 +93,9 @@ class CombineCodec(Codec):
         able = set(registry.known("peft")) - {"combine"}
         if not names or not all(isinstance(name, str) and name in able for name in names):
             return [f"methods={rows!r}  expected a list of methods with their names"]
-        return check_settings(config, read=("methods",), neutral={})
+        if type(gated := config.get("gates", False)) is not bool:
+            return [f"gates={gated!r}  expected true or false"]
+        return check_settings(config, read=("methods", "gates"), neutral={})
 
     def save(
         self, folder: Path, overlay: Overlay, table: Table, method: Combine, *, saved: Store, **about: Any
@@ -99,7 +104,8 @@ class CombineCodec(Codec):
         parts = method.parts(table)
         owned = [{k: v for k, v in saved.items() if places(k)[0] in part.trained} for part in parts]
         head = {k: v for k, v in saved.items() if not any(k in own for own in owned)}
-        tensors: Tensors = {}
+        tensors = gates.to_file(overlay, table)
+        overlay = gates.opened(overlay)
         for part, own in zip(parts, owned, strict=True):
             mine = set(part.claims)
             entries = {k: e for k, e in overlay.items() if places(k)[0] in mine}
@@ -108,7 +114,8 @@ class CombineCodec(Codec):
                 save_adapter(path, entries, table, part.method, saved={**own, **head}, **about)
             else:
                 tensors |= dict(_tensors(own, table))
-        return {"methods": [m.model_dump(mode="json") for m in method.methods]}, tensors, head
+        settings = {"methods": [m.model_dump(mode="json") for m in method.methods]}
+        return settings | ({"gates": True} if method.gates else {}), tensors, head
 
     def load(
         self, folder: Path, config: Mapping[str, Any], tensors: Tensors, table: Table, params: Store
@@ -127,10 +134,13 @@ class CombineCodec(Codec):
             else:
                 saved |= _take(part, tensors, table, params)
             methods.append(method)
+        if gated := config.get("gates", False):
+            gates.check(overlay, ", ".join(m.name for m in methods))
+            overlay = gates.from_file(overlay, tensors, table)
         if tensors:
             lines = [f"extra      {name} {list(x.shape)}" for name, x in tensors.items()]
             raise DataError(listing("the adapter does not fit the model", lines))
-        return Combine(methods=tuple(methods)), overlay, saved
+        return Combine(methods=tuple(methods), gates=gated), overlay, saved
 
 
 def _has_folder(part: Part, table: Table) -> bool:
@@ -193,6 +203,7 @@ class Combine(Component):
         min_length=2,
         description="The methods, each with its own settings; none twice, no weight or site by two of them.",
     )
+    gates: bool = Field(False, description="Whether LoRA, prefix and adapters each have a learned gate (UniPELT).")
 
     @field_validator("methods")
     @classmethod
@@ -207,8 +218,8 @@ class Combine(Component):
 
     @property
     def mergeable(self) -> bool:
-        """Whether all methods are."""
-        return all(m.mergeable for m in self.methods)
+        """Whether all methods are; a gate is another for every token."""
+        return not self.gates and all(m.mergeable for m in self.methods)
 
     @property
     def identity_at_init(self) -> bool:
@@ -236,7 +247,8 @@ class Combine(Component):
         """The methods against a model.
 
         Raises:
-          ConfigError: two of them claim one weight or site, or one does not fit the model.
+          ConfigError: two of them claim one weight or site, one does not fit the model, or none has a gate although
+            gates are asked for.
         """
         parts = [part_of(method, table) for method in self.methods]
         owner: dict[Place, str] = {}
@@ -248,6 +260,9 @@ class Combine(Component):
                     problems[f"peft.methods: {other} and {part.method.name} both claim {place[0]}"] = None
         if problems:
             raise ConfigError("a weight or site belongs to one method: give them targets or layers apart", [*problems])
+        if self.gates:
+            overlay = {k: entry for part in parts for k, entry in part.overlay.items()}
+            gates.check(overlay, ", ".join(m.name for m in self.methods))
         return parts
 
     def borders(self, table: Table) -> dict[str, set[int]]:
@@ -265,7 +280,7 @@ class Combine(Component):
     def labels(self, table: Table) -> Rules:
         """Every leaf by its whole path, as its own method labels it."""
         parts = self.parts(table)
-        rules = [(f"overlay/{path}", group) for part in parts for path, group in part.groups.items()]
+        rules = [(f"overlay/{path}", group) for part in parts for path, group in self._groups(part).items()]
         trained = {place: group for part in parts for place, group in part.trained.items()}
         weights = {k: np.zeros(s.shape[:1], np.int8) for k, s in table.items() if s.kind not in ("site", "stat")}
         groups = {key: trained.get(places(key)[0], FROZEN) for key in cut(weights, self._borders(parts, table))}
@@ -273,7 +288,17 @@ class Combine(Component):
             return [*rules, ("base/*", next(iter(groups.values())))]
         return [*rules, *((f"base/{k}", g) for k, g in groups.items() if g != FROZEN), ("base/*", FROZEN)]
 
+    def _groups(self, part: Part) -> dict[str, str]:
+        """Labels of a method's leaves by path, and of its gates."""
+        gated = {k for k, entry in part.overlay.items() if self.gates and gates.kind_of(entry)}
+        groups = {f"{k}/gate/{leaf}": "gate" for k in gated for leaf in "wc"}
+        for path, group in part.groups.items():
+            key = next((k for k in gated if path.startswith(f"{k}/")), None)
+            groups[path if key is None else f"{key}/inner{path.removeprefix(key)}"] = group
+        return groups
+
     def init(self, key: jax.Array, table: Table, params: Store) -> Overlay:
         """The methods' overlays together."""
         self.parts(table)
-        return {k: entry for method in self.methods for k, entry in method.init(key, table, params).items()}
+        overlay = {k: entry for method in self.methods for k, entry in method.init(key, table, params).items()}
+        return gates.closed(key, overlay, table) if self.gates else overlay

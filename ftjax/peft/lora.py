@@ -61,11 +61,15 @@ class LoRADelta:
     def dot(self, x: jax.Array, base: Any, bias: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """x [..., in] -> [..., out]: the base's product plus the low-rank one."""
         y = dense(x, base, bias)
+        return y + self.update(x, key).astype(y.dtype)
+
+    def update(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """x [..., in] -> the low-rank product [..., out] alone."""
         kept = x if key is None or self.rate is None else dropout(x, self.rate, key)
         update = self._product(kept, self.a, self.b)
         if self.a0 is not None and self.b0 is not None:
             update = update - self._product(x, self.a0, self.b0)
-        return y + update.astype(y.dtype)
+        return update
 
     def _product(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         return up(x @ a.astype(x.dtype) * self.scale.astype(x.dtype), b.astype(x.dtype))

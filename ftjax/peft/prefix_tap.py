@@ -29,7 +29,7 @@ class PrefixTap:
         """How many keys it puts in front."""
         return self.k.shape[-3]
 
-    def __call__(self, kv: Any, seq: Any) -> Any:
+    def __call__(self, kv: Any, seq: Any, **around: Any) -> Any:
         """The layer's keys and values with the prefix in front."""
         B, n = kv.k.shape[0], self.k.shape[0]
 
