@@ -24,6 +24,7 @@ from ftjax.regimes.ensemble import ensemble as ensemble_of
 from ftjax.regimes.fit import card_of, compiled_step, introduce, restored_state
 from ftjax.regimes.soup import soup as make_soup
 from ftjax.report.console import Console
+from ftjax.train import recorded
 from ftjax.train.averaged import averaged, described
 from ftjax.train.metrics import read_lines
 from ftjax.train.reference import known
@@ -73,7 +74,7 @@ def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
     if asks(overrides):
         return _measure(folder, requested(overrides), console)
     setup, state, step = _open(folder, overrides, console)
-    setup = known(setup, say=console.note)
+    setup = recorded.known(known(setup, say=console.note), say=console.note)
     evaluator = Evaluator(setup, console.compiling)
     seen = averaged(setup, state)
     numbers = evaluator.compared(seen, state)

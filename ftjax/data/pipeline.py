@@ -176,7 +176,8 @@ class Batches:
                 "shuffle": loader.shuffle,
             },
         }
-        self.fingerprint.setdefault("examples", identity(examples))
+        if "examples" not in self.fingerprint:
+            self.fingerprint["examples"] = identity(examples)
         options = grain.ReadOptions(num_threads=max(loader.workers, 1), prefetch_buffer_size=loader.prefetch)
         self.dataset = grain.MapDataset.source(source).to_iter_dataset(options)
         self._iterator = iter(self.dataset)

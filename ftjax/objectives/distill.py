@@ -9,7 +9,8 @@ Three objectives, one per kind of head; each is the plain objective of its head 
 reverse Kullback-Leibler divergence or the generalized Jensen-Shannon divergence of TRL's GKD (arXiv:2306.13649). Over a
 vocabulary the logits of both models exist for one chunk of tokens at a time. The teacher is loaded once, has no gradient,
 and is in no checkpoint and no export. Several are averaged (`ftjax.models.ensemble`). A term for hidden values can be added
-(`ftjax.objectives.hints`).
+(`ftjax.objectives.hints`). A teacher can also be asked once, before training (`top_k`, `cached`; `ftjax.train.recorded`):
+the step then neither runs nor holds it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ftjax.objectives.causal_lm import CausalLM, shift
 from ftjax.objectives.classification import Classification, smoothed
 from ftjax.objectives.hints import Hints
 from ftjax.objectives.masked_lm import MaskedLM
+from ftjax.objectives.recorded import top_k, top_k_tokens
 from ftjax.registry import register
 from ftjax.schema import Default, Slot
 
@@ -70,6 +72,11 @@ class Distilled(Hints):
     )
     beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture.")
 
+    @property
+    def records(self) -> bool:
+        """Whether the teacher is asked once, before training, and its words come with the batches."""
+        return False
+
     def shares(self, hard: str) -> dict[str, float]:
         """Factors of the labels' term, of the divergence, and of the hidden values where they are compared."""
         return {hard: 1 - self.alpha, "divergence": self.alpha} | self.hint_share()
@@ -100,7 +107,11 @@ class Distilled(Hints):
 
     def language(self, output: Any, teacher: Any, targets: jax.Array, weights: jax.Array, hyper: dict) -> Any:
         """(loss terms, accuracy) of weighted tokens [B, T]."""
-        nll, distance, right = self.tokens(output, teacher, targets, hyper)
+        return self.summed(self.tokens(output, teacher, targets, hyper), weights)
+
+    def summed(self, each: Any, weights: jax.Array) -> Any:
+        """(loss terms, accuracy) from what `tokens` gives."""
+        nll, distance, right = each
         trained = (weights > 0).astype(jnp.float32)
         sums = {"nll": (nll * weights).sum(), "divergence": (distance * weights).sum()}
         return sums, {"mean_token_accuracy": ((right * trained).sum(), trained.sum())}
@@ -111,6 +122,12 @@ class Distilled(Hints):
             if hasattr(teacher, "path"):
                 continue
             yield f"objective.teacher={teacher.name}  a teacher is a model that was trained; use pretrained"
+        if not self.records:
+            return
+        if self.hidden:
+            yield f"objective.hidden={self.hidden:g}  hidden values need a teacher at every step, not one asked once"
+        if getattr(run.peft, "batches_for_start", 0):
+            yield f"peft={run.peft.name}  begins with gradients, before the teacher is asked; ask it at every step"
 
     def advise(self, run: Any) -> Iterator[str]:
         """Settings that are probably not meant."""
@@ -126,10 +143,29 @@ class DistillCausalLM(Distilled, CausalLM):
     """Next tokens, from the data and from a teacher's distributions."""
 
     name: Literal["distill_causal_lm"] = "distill_causal_lm"  # type: ignore[assignment]
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Ask the teacher once, before training, and keep this many of its likeliest tokens; 0: every step.",
+    )
+
+    @property
+    def records(self) -> bool:
+        """Whether the likeliest tokens come with the batches."""
+        return self.top_k > 0
+
+    def record(self, output: Any) -> dict[str, jax.Array]:
+        """What is kept of the teacher's output."""
+        return top_k(output, self.top_k)
 
     def check(self, run: Any) -> Iterator[str]:
         """A teacher, and no third term."""
         yield from Distilled.check(self, run)
+        if self.top_k and self.divergence != "forward_kl":
+            yield (
+                f"objective.top_k={self.top_k}  objective.divergence={self.divergence} needs the teacher's share of every "
+                "token; with top_k use forward_kl"
+            )
         if self.z_loss:
             yield f"objective.z_loss={self.z_loss:g}  distillation has no such term; set it to 0"
 
@@ -146,12 +182,17 @@ class DistillCausalLM(Distilled, CausalLM):
         return dict.fromkeys(("nll", "divergence"), shift(batch)[1].sum()) | self.hint_weight(batch)
 
     def __call__(self, policy: Policy, batch: Any, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
-        """Sums over the trained tokens; `reference` is the teacher."""
+        """Sums over the trained tokens; `reference` is the teacher, None where the batch has its likeliest tokens."""
         output, mutable = policy(self.inputs(batch), mutable, **self.watched())
-        known = reference(self.inputs(batch), **self.watched())
         targets, weights = shift(batch)
-        sums, found = self.language(output, known, targets, weights, hyper)
-        sums |= self.hint(output, known, batch, hyper)
+        if self.top_k:
+            told = {"temperature": hyper["temperature"], "smoothing": hyper.get("label_smoothing", 0.0)}
+            each = top_k_tokens(output, targets, batch.top_ids, batch.top_log_p, **told)
+            sums, found = self.summed(each, weights)
+        else:
+            known = reference(self.inputs(batch), **self.watched())
+            sums, found = self.language(output, known, targets, weights, hyper)
+            sums |= self.hint(output, known, batch, hyper)
         return LossOutput(sums, mutable, found | {"num_tokens": (weights.sum(), jnp.float32(1))})
 
 
@@ -191,6 +232,16 @@ class DistillClassification(Distilled, Classification):
     """Classes of a text, from the labels and from a teacher's distributions."""
 
     name: Literal["distill_classification"] = "distill_classification"  # type: ignore[assignment]
+    cached: bool = Field(False, description="Ask the teacher once, before training, and keep its logits of every text.")
+
+    @property
+    def records(self) -> bool:
+        """Whether the teacher's logits come with the batches."""
+        return self.cached
+
+    def record(self, output: Any) -> dict[str, jax.Array]:
+        """What is kept of the teacher's output."""
+        return {"said": output.logits}
 
     def coefficients(self) -> dict[str, float]:
         """The labels and the teacher."""
@@ -205,7 +256,7 @@ class DistillClassification(Distilled, Classification):
         return Classification.weights(self, batch) | {"divergence": batch.weights.sum()} | self.hint_weight(batch)
 
     def __call__(self, policy: Policy, batch: LabelBatch, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
-        """Sums over the rows; `reference` is the teacher."""
+        """Sums over the rows; `reference` is the teacher, None where the batch has its logits."""
         said: list[Any] = []
 
         def noted(inputs: Any, mutable: Any) -> Any:
@@ -214,8 +265,9 @@ class DistillClassification(Distilled, Classification):
             return output, mutable
 
         out = Classification.__call__(self, noted, batch, reference=None, mutable=mutable, hyper=hyper)
-        known = reference(self.inputs(batch), **self.watched())
         measure = self.distance_each if batch.labels.ndim == 2 else self.distance
-        each = measure(jax.lax.stop_gradient(known.logits), out.rows["logits"], hyper)
-        more = {"divergence": (each * batch.weights).sum()} | self.hint(said[0], known, batch, hyper)
+        known = None if self.cached else reference(self.inputs(batch), **self.watched())
+        logits = batch.said if known is None else jax.lax.stop_gradient(known.logits)  # pyright: ignore
+        more = {"divergence": (measure(logits, out.rows["logits"], hyper) * batch.weights).sum()}
+        more |= self.hint(said[0], known, batch, hyper)
         return out.replace(sums=out.sums | more)  # pyright: ignore

@@ -19,6 +19,7 @@ import numpy as np
 from ftjax.configfile import load
 from ftjax.data.batches import TokenBatch
 from ftjax.data.pipeline import eval_batches
+from ftjax.data.recorded import RecordedBatch
 from ftjax.data.seq2seq import SeqBatch
 from ftjax.errors import ConfigError
 from ftjax.evals import ensemble as means
@@ -34,7 +35,9 @@ from ftjax.train.session import Evaluator, held_out_examples
 from ftjax.train.setup import Setup, prepare
 from ftjax.train.state import State
 
-TARGETS: dict[type, Callable[[Any], tuple[Any, Any]]] = {TokenBatch: shift, SeqBatch: lambda b: (b.labels, b.weights)}
+TARGETS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
+    TokenBatch: shift, RecordedBatch: shift, SeqBatch: lambda b: (b.labels, b.weights),
+}  # fmt: skip
 """(targets, weights) [B, T] of the kinds of batch whose tokens are predicted one by one."""
 
 COLUMNS = ("accuracy", "nll", "perplexity", "ece")

@@ -30,6 +30,7 @@ from ftjax.report.memory import MemoryReport, device_bytes, memory_report
 from ftjax.report.parameters import ParameterReport, parameter_report
 from ftjax.report.samples import pair
 from ftjax.schema import Component
+from ftjax.train import recorded
 from ftjax.train.averaged import averaged, described
 from ftjax.train.checkpoint import Checkpoints, Restored
 from ftjax.train.loop import Loop
@@ -59,7 +60,7 @@ class Fit(Component):
             setup = prepare(run, say=console.note)
             console.quiet = jax.process_index() != 0
             introduce(setup, console)
-            setup = known(setup, say=console.note)
+            setup = recorded.known(known(setup, say=console.note), say=console.note)
             step = compiled_step(setup, console)
             _Job(setup, step, console, folder, allow, signals).go()
         return 0

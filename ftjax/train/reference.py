@@ -96,7 +96,7 @@ def parts_of(setup: Setup) -> dict[str, Any]:
         "data": {k: v for k, v in setup.data.fingerprint.items() if k != "seed"},
         "eval": identity(dc.replace(setup.data.eval, reference=None)),
         "length": setup.batches.length,
-        "program": _program(),
+        "program": program_hash(),
     }
 
 
@@ -111,7 +111,7 @@ def digest(tree: Any) -> str:
 
 
 @functools.cache
-def _program() -> str:
+def program_hash() -> str:
     """A hash of the package's sources and of jax's version."""
     found = hashlib.sha256(jax.__version__.encode())
     folder = Path(__file__).parent.parent

@@ -34,7 +34,7 @@ from ftjax.models.transformer import Decoder
 from ftjax.parallel.mesh import Placement, axes_of_store, check_batch, make_mesh, start_distributed
 from ftjax.peft.base import Overlay, cut_for, with_head
 from ftjax.peft.earlier import start_from
-from ftjax.train import reference
+from ftjax.train import recorded, reference
 from ftjax.train.average import start as start_average
 from ftjax.train.fisher import fisher, rules_for
 from ftjax.train.optimizer import OptimSpec, decay_groups, hyper_of, make_tx
@@ -87,6 +87,7 @@ class Setup:
       state: before the first step, placed.
       frozen: placed.
       warnings: for the user.
+      asked: a teacher that is asked once, and its weights, until it has been (see `ftjax.train.recorded`).
     """
 
     run: config.Run
@@ -100,6 +101,7 @@ class Setup:
     state: State
     frozen: Frozen
     warnings: tuple[str, ...]
+    asked: tuple[Any, Any] | None = None
 
     @property
     def adapted(self) -> bool:
@@ -181,7 +183,8 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     else:
         head = run.objective.head(data.labels, data.problem)
         model, base = source_of(run).load(numerics(run.compute), head=head, **loading)
-    teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
+    with recorded.where(run):
+        teacher, known = load_teacher(run, model, tokenizer, numerics(run.compute), say=notes.append)
     warnings = (*data.warnings, *notes, *(check_vocab(tokenizer, model.config.vocab_size) if tokenizer else ()))
     rng = params.key_of(jax.random.key(run.seed), "objective")
     own = run.objective.learned(model, teacher, rng) if hasattr(run.objective, "learned") else {}
@@ -191,6 +194,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     check_prompts(run.peft, data.train)
     check_places(model, overlay, data.train, data.eval)
     check_places(teacher, {}, data.train, data.eval)
+    (teacher, known), asked = recorded.apart(run, model, teacher, known)
     base = cut_for(base, overlay, run.peft, model.table)
     rules = with_head(run.peft.labels(model.table), model.always_trained)
     parts = partition(base, overlay, model.table, rules, own)
@@ -202,7 +206,7 @@ def prepare(run: config.Run, *, say: Callable[[str], None]) -> Setup:
     program, state, frozen = assemble(run, model, parts, teacher, known)
     return Setup(
         run, tokenizer, data, batches, model, parts, program, placement,
-        jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings,
+        jax.device_put(state, placement.tree(state)), jax.device_put(frozen, placement.tree(frozen)), warnings, asked,
     )  # fmt: skip
 
 
@@ -238,6 +242,7 @@ def read_data(run: config.Run, tokenizer: Any, mesh: Any) -> tuple[config.Run, P
         options=getattr(run.objective, "data_options", dict)(),
     )  # fmt: skip
     data = reference.awaited(data) if reference.wanted(run) else data
+    data = recorded.awaited(run, data)
     return run, data, batches_of(run, data)
 
 

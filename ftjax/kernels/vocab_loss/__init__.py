@@ -13,5 +13,6 @@ the logits again. With `lse=True` the logsumexp of each token is given too, with
 
 from ftjax.kernels.vocab_loss.chunked import TokenNll, token_nll
 from ftjax.kernels.vocab_loss.pair import over_pairs
+from ftjax.kernels.vocab_loss.single import over_tokens
 
-__all__ = ["TokenNll", "over_pairs", "token_nll"]
+__all__ = ["TokenNll", "over_pairs", "over_tokens", "token_nll"]
