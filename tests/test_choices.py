@@ -67,7 +67,7 @@ def test_prompts_and_renames():
         ({"question": "?", "choices": ["a", "b"], "answer": 2}, "answer 2 is none of the 2 choices: a, b"),
         ({"question": "?", "choices": ["a", "b"], "answer": -1}, "answer -1 is none"),
         ({"question": "?", "choices": ["a", "b"], "answer": True}, "answer True is none"),
-        ({"question": "?", "choices": ["a", "b"]}, "answer None is none"),
+        ({"question": "?", "choices": ["a", "b"]}, "no column 'answer': expected the columns question"),
     ],
 )
 def test_what_is_no_question(row, text):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
 from ftjax.data.batches import Examples, flatten, offsets_of
-from ftjax.data.formats import DatasetType, TypedRows
+from ftjax.data.formats import DatasetType, TypedRows, is_empty, shown
 from ftjax.data.rows import BadRows, Row
 from ftjax.data.templates import Chat, render_chats, require_markers
 from ftjax.errors import ConfigError, DataError
@@ -103,6 +103,8 @@ class _Builder:
     loader: Loader
     wrap: bool
     eos: int | None
+    mask: str = "all"
+    lost: str = ""  # the first example without a trained token, and what would help
     ids: list[np.ndarray] = field(default_factory=list)
     weights: list[np.ndarray] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -118,16 +120,33 @@ class _Builder:
         limit = self.loader.max_length
         self.longest = max(self.longest, len(ids))
         if len(ids) <= limit:
-            self._keep(row, ids, weights)
+            if not self._keep(row, ids, weights):
+                self._note(origin, weights)
         elif self.wrap:
             for start in range(0, len(ids) - 1, limit - 1):
                 self._keep(row, ids[start : start + limit], weights[start : start + limit])
         elif self.loader.truncation == "right":
-            self.truncated += self._keep(row, ids[:limit], weights[:limit])
+            kept = self._keep(row, ids[:limit], weights[:limit])
+            self.truncated += kept
+            if not kept:
+                self._note(origin, weights)
         elif self.loader.truncation == "drop":
             self.dropped += 1
         else:
             self.long.append(f"{origin} ({len(ids):,} tokens)")
+
+    def _note(self, origin: str, weights: np.ndarray) -> None:
+        """Remembers the first row that nothing is learned from."""
+        at, last = np.flatnonzero(weights[1:] > 0), self.mask == "assistant"
+        if len(at):
+            why = f"its first trained token is number {at[0] + 2:,}; set loader.max_length={at[0] + 2} or more"
+        elif self.mask == "all":
+            why = "it has fewer than two tokens"
+        else:
+            why = (
+                f"it has no {'turn of the assistant' if last else 'completion'}; loader.loss_on=all trains every token"
+            )
+        self.lost = self.lost or f"{origin}: {why}"
 
     def _keep(self, row: int, ids: np.ndarray, weights: np.ndarray) -> bool:
         weights = weights.astype(np.float32)
@@ -170,16 +189,18 @@ def encode(
       DataError: the type is not for a causal language model; a row is refused; nothing is left to train.
     """
     bad = BadRows() if bad is None else bad
-    mask = _mask_of(typed.type, loader.loss_on)
+    mask = _mask_of(typed, loader.loss_on)
     if mask == "assistant":
         require_markers(template)
     eos: int | None = tokenizer.eos_token_id  # type: ignore[assignment]
-    out = _Builder(loader, wrap and typed.type == DatasetType("language_modeling", False), eos)
+    out = _Builder(loader, wrap and typed.type == DatasetType("language_modeling", False), eos, mask)
     step = _encoder(typed.type, mask)
     for start in range(0, len(typed.rows), ENCODE_BATCH):
         rows = typed.rows[start : start + ENCODE_BATCH]
         for i, item in enumerate(step(rows, tokenizer, template)):
-            if isinstance(item, str):
+            if mask == "completion" and is_empty(rows[i]["completion"]):
+                bad.add(f"{rows[i].origin}: field 'completion' is empty: the row teaches no answer")
+            elif isinstance(item, str):
                 bad.add(f"{rows[i].origin}: {item}")
             else:
                 out.add(start + i, rows[i].origin, *item)
@@ -192,8 +213,9 @@ def encode(
     return _finish(out, typed.rows, len(typed.rows) + bad.count if read is None else read, bad, required)
 
 
-def _mask_of(kind: DatasetType, loss_on: str) -> str:
+def _mask_of(typed: TypedRows, loss_on: str) -> str:
     """Which tokens are trained: "all", "completion" or "assistant"."""
+    kind = typed.type
     fits = {
         ("language_modeling", False): ("all",),
         ("language_modeling", True): ("assistant", "all"),
@@ -203,7 +225,7 @@ def _mask_of(kind: DatasetType, loss_on: str) -> str:
     if fits is None:
         raise DataError(
             f"a causal language model is trained on language_modeling or prompt_completion rows; these are {kind}. "
-            "Expected columns: text | messages | prompt, completion"
+            f"Expected columns: text | messages | prompt, completion; {shown(typed.rows)}. Rename others with data.columns"
         )
     if loss_on == "auto":
         return fits[0]
@@ -306,7 +328,8 @@ def _finish(out: _Builder, rows: Sequence[Row], read: int, bad: BadRows, require
         **counts,
     )
     if not examples and required:
-        raise DataError(f"no token would be trained: {_reasons(report, out.loader)}")
+        first = "".join(f". {text}" for text in (out.lost, bad.summary()) if text)
+        raise DataError(f"no token would be trained: {_reasons(report, out.loader)}{first}")
     return Encoded(examples, replace(report, warnings=tuple(_warnings(report, out, bad))))
 
 
@@ -332,7 +355,10 @@ def _warnings(report: EncodeReport, out: _Builder, bad: BadRows) -> Iterator[str
     if report.dropped:
         yield f"{report.dropped:,} examples are longer than loader.max_length={out.loader.max_length} and dropped"
     if report.zero_trained:
-        yield f"{report.zero_trained:,} examples have no trained token within max_length and are left out"
+        yield (
+            f"{report.zero_trained:,} examples have no trained token within max_length and are left out, the first: "
+            f"{out.lost}"
+        )
     if out.eos is not None and not report.eos_trained:
         yield "no EOS token is ever trained: the model will not learn to stop"
     if report.trained_tokens < 0.01 * report.tokens:

@@ -176,6 +176,19 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
+def is_empty(answer: Any) -> bool:
+    """Whether a text, or a list of messages, says nothing: only white space, and no tool is called."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    spoken = (m["content"].strip() if isinstance(m.get("content"), str) else m.get("content") for m in answer)
+    return not any(spoken) and not any(m.get("tool_calls") for m in answer)
+
+
+def shown(rows: Sequence[Row]) -> str:
+    """The columns that rows have, by their first one; for messages about others that are needed."""
+    return f"{rows[0].origin} has {_shape(rows[0])}" if rows else "there are no rows"
+
+
 def _type_of(row: Row) -> DatasetType | None:
     found = _kind_of(tuple(k for k, v in row.items() if v is not None))
     return found and DatasetType(found[0], found[1] == "messages" or isinstance(row[found[1]], list))

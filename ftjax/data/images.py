@@ -24,7 +24,7 @@ from jaxtyping import Float32, Int32
 from ftjax.config import Loader
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, rename
-from ftjax.data.labels import SINGLE, class_names
+from ftjax.data.labels import SINGLE, class_names, class_of
 from ftjax.data.layouts import Layout, add_layout, identity
 from ftjax.data.rows import BadRows, Row
 from ftjax.errors import ConfigError, DataError, did_you_mean
@@ -272,11 +272,24 @@ def type_images(rows: Sequence[Row], *, columns: Sequence[str] = (), bad: BadRow
         if not isinstance(row.get("image"), Picture) or "label" not in row:
             hint = "".join(did_you_mean(c, row) for c in ("image", "label") if c not in row)
             bad.add(f"{row.origin}: expected a picture and a label.{hint} Columns: {', '.join(row)}")
+        elif problem := _problem(row["image"].pixels, row["label"]):
+            bad.add(f"{row.origin}: {problem}")
         else:
             kept.append(row)
     if not kept:
         raise DataError(f"no pictures are left of {len(rows)} rows: {bad.summary()}")
     return TypedRows(DatasetType("image", False), kept)
+
+
+def _problem(pixels: np.ndarray, label: Any) -> str:
+    """What is wrong with a picture or its label; empty if nothing."""
+    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+        return f"the picture {list(pixels.shape)} has pixels that are no finite numbers"
+    if label is None or isinstance(label, list | dict) or (isinstance(label, str) and not label.strip()):
+        return f"field 'label' expected a class, got {label!r}"
+    if isinstance(label, float | np.floating) and not float(label).is_integer():
+        return f"label {label!r} is no class: expected a whole number or a text"
+    return ""
 
 
 def encode_images(
@@ -294,14 +307,17 @@ def encode_images(
     bad, rows = bad or BadRows(), typed.rows
     names = like.names if like else class_names(r["label"] for r in rows)
     if len(names) < 2:
-        raise DataError(f"every picture has the label {', '.join(names)}: there is nothing to tell apart")
+        raise DataError(
+            f"every picture has the label {', '.join(names)}: there is nothing to tell apart ({len(rows):,} pictures, the "
+            f"first is {rows[0].origin})"
+        )
     shape = like.images.shape[1:] if like else rows[0]["image"].pixels.shape
-    odd = next((r for r in rows if r["image"].pixels.shape != shape or str(r["label"]) not in names), None)
+    odd = next((r for r in rows if r["image"].pixels.shape != shape or class_of(r["label"]) not in names), None)
     if odd is not None:
         has = f"{list(odd['image'].pixels.shape)} of class {odd['label']!r}"
         raise DataError(f"{odd.origin}: a picture {has}; expected {list(shape)} of a class among {', '.join(names)}")
     images = np.stack([r["image"].pixels for r in rows])
-    labels = [names.index(str(r["label"])) for r in rows]
+    labels = [names.index(class_of(r["label"])) for r in rows]
     recipe, origins = rows[0]["image"].recipe, tuple(r.origin for r in rows)
     recipe = replace(recipe, padding=0, flip=False) if like else recipe
     made = ImageExamples.of(images, labels, names=names, recipe=recipe, origins=origins)

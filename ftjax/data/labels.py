@@ -12,10 +12,11 @@ training rows, numbers in their order, texts alphabetically.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from flax import struct
@@ -26,7 +27,7 @@ from ftjax.config import Loader
 from ftjax.data.batches import Flat, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, rename
-from ftjax.data.rows import BadRows, Row
+from ftjax.data.rows import BadRows, Row, number
 from ftjax.errors import DataError, did_you_mean
 
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
@@ -119,9 +120,21 @@ def type_labelled(rows: Sequence[Row], *, columns: Sequence[str] = (), bad: BadR
             bad.add(f"{row.origin}: {problem}")
         else:
             kept.append(row)
+    pairs = sum("text_pair" in row for row in kept)
+    if 0 < pairs < len(kept):
+        kept = [row for row in kept if not _odd_pair(row, pairs, len(kept), bad)]
     if not kept:
         raise DataError(f"no labelled rows are left of {len(rows)}: {bad.summary()}")
     return TypedRows(DatasetType("labelled", False), kept)
+
+
+def _odd_pair(row: Row, pairs: int, rows: int, bad: BadRows) -> bool:
+    """Whether a row is one text among pairs, or a pair among single texts; notes it."""
+    odd = ("text_pair" in row) != (2 * pairs >= rows)
+    if odd:
+        has = "a pair of texts" if "text_pair" in row else "one text, no 'text_pair'"
+        bad.add(f"{row.origin}: the row has {has}, but {pairs:,} of {rows:,} rows have pairs")
+    return odd
 
 
 def _named(row: Row) -> Row:
@@ -143,11 +156,15 @@ def _problem(row: Row) -> str:
     for column in ("text", "text_pair"):
         if column in row and not isinstance(row[column], str):
             return f"field {column!r} expected a string, got {row[column]!r}"
+    if not row["text"].strip() and not row.get("text_pair", "").strip():
+        return "field 'text' is empty: there is nothing to read"
     label = row["label"]
     parts = label if isinstance(label, list) else [label]
     if label is None or not all(isinstance(x, str | int | float) for x in parts):
         return f"field 'label' expected a class, a number or a list of classes, got {label!r}"
-    return ""
+    if any(isinstance(x, float) and not math.isfinite(x) for x in parts):
+        return f"field 'label' expected a class or a finite number, got {label!r}"
+    return "field 'label' is empty" if any(isinstance(x, str) and not x.strip() for x in parts) else ""
 
 
 def problem_of(labels: Sequence[Any]) -> str:
@@ -168,9 +185,37 @@ def _number(x: Any) -> float | None:
 
 def class_names(labels: Iterable[Any]) -> tuple[str, ...]:
     """Every class once: whole numbers in their order, anything else alphabetically."""
-    found = {str(y) for x in labels for y in (x if isinstance(x, list) else [x])}
+    found = {class_of(y) for x in labels for y in (x if isinstance(x, list) else [x])}
     whole = all(name.lstrip("-").isdigit() for name in found)
     return tuple(sorted(found, key=int) if whole else sorted(found))
+
+
+def class_of(label: Any) -> str:
+    """The name of a class: 1.0 is the class 1."""
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+_KINDS = {bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list"}
+
+
+def odd_ones(rows: Sequence[Row], labels: Callable[[Row], Iterable[Any]], bad: BadRows) -> list[Row]:
+    """The rows whose labels are of the kind that most have (texts, numbers, truth values, lists); the others go to `bad`."""
+    kinds = [{_KINDS[type(x)] for x in labels(row)} for row in rows]
+    counts = Counter(k for found in kinds for k in found)
+    if len(counts) < 2:
+        return list(rows)
+    usual = counts.most_common(1)[0][0]
+    example = next(row for row, found in zip(rows, kinds, strict=True) if found == {usual})
+    kept = []
+    for row, found in zip(rows, kinds, strict=True):
+        if found <= {usual}:
+            kept.append(row)
+        else:
+            bad.add(
+                f"{row.origin}: mixed labels: this row has {' and '.join(sorted(found - {usual}))}, "
+                f"{counts[usual]:,} of {len(rows):,} have {usual}, e.g. {example.origin}"
+            )
+    return kept
 
 
 # Encoding --------------------------------------------------------------------------------------------------------------
@@ -181,6 +226,7 @@ def encode_labelled(
     tokenizer: PreTrainedTokenizerBase,
     loader: Loader,
     *,
+    wanted: Literal["", "classes", "number"] = "",
     bad: BadRows | None = None,
     read: int | None = None,
     required: bool = True,
@@ -193,26 +239,35 @@ def encode_labelled(
       typed: labelled rows.
       tokenizer: a fast tokenizer.
       loader: max_length, truncation.
-      bad: malformed rows so far, for the report.
+      wanted: what the objective learns; empty: as the labels look.
+      bad: malformed rows so far; takes those whose label does not fit.
       read: rows read from the files, for the report.
       required: having no example left is an error.
       like: training examples whose classes held-out rows must have.
 
     Raises:
-      DataError: a label that the training rows do not have, only one class, texts too long.
+      DataError: a label that the training rows do not have, only one class, texts too long, nothing is left.
     """
     bad = bad or BadRows()
-    rows, labels = typed.rows, [r["label"] for r in typed.rows]
-    problem = like.problem if like else typed.problem or problem_of(labels)
+    problem = like.problem if like else _problem_for(typed, wanted)
+    rows = typed.rows if like or typed.names else _fitting(typed.rows, problem, bad)
+    labels = [r["label"] for r in rows]
     names = like.names if like else typed.names or (("value",) if problem == REGRESSION else class_names(labels))
-    if problem != REGRESSION and len(names) < 2:
-        raise DataError(f"every row has the label {', '.join(names)}: there is nothing to tell apart")
-    values = _values(rows, names, problem)
+    rows, values = _values(
+        rows, names, problem, bad, where=f"the {len(names)} {'of the training rows' if like else 'classes'}"
+    )
+    if not rows and required:
+        raise DataError(f"no labelled rows are left of {len(typed.rows)}: {bad.summary()}")
+    if like is None:
+        _check_apart(rows, values, names, problem)
     ids, types, full, kept = tokenized(rows, tokenizer, loader)
     long = [i for i, n in enumerate(full) if n > loader.max_length]
     dropped = len(rows) - len(kept)
     if not kept and required:
-        raise DataError(f"all {len(rows)} texts are longer than loader.max_length={loader.max_length}")
+        raise DataError(
+            f"all {len(rows)} texts are longer than loader.max_length={loader.max_length}, and loader.truncation=drop. The "
+            f"shortest has {min(full):,} tokens, the longest {max(full):,}"
+        )
     examples = LabelledExamples(
         input_ids=flatten([ids[i] for i in kept]), types=flatten([types[i] for i in kept]), labels=values[kept],
         offsets=offsets_of(len(ids[i]) for i in kept), rows=np.asarray(kept, np.int64), names=names, problem=problem,
@@ -221,7 +276,8 @@ def encode_labelled(
     report = EncodeReport(
         read=len(rows) + bad.count if read is None else read, skipped_bad=bad.count, dropped=dropped,
         truncated=len(long) if loader.truncation == "right" else 0, examples=len(kept), tokens=len(examples.input_ids),
-        trained_tokens=len(examples.input_ids), longest=max(full), warnings=tuple(_warnings(examples, bad, long, loader)),
+        trained_tokens=len(examples.input_ids), longest=max(full, default=0),
+        warnings=tuple(_warnings(examples, bad, long, loader)),
     )  # fmt: skip
     return Encoded(examples, report)
 
@@ -243,7 +299,7 @@ def tokenized(rows: Sequence[Row], tokenizer: Any, loader: Loader) -> tuple[list
         return made["input_ids"], made["token_type_ids"]
 
     kept = list(range(len(rows)))
-    ids, types = encode(kept)
+    ids, types = encode(kept) if rows else ([], [])
     full = [len(x) for x in ids]
     long = [i for i, n in enumerate(full) if n > loader.max_length]
     if long and loader.truncation == "error":
@@ -260,28 +316,74 @@ def tokenized(rows: Sequence[Row], tokenizer: Any, loader: Loader) -> tuple[list
     return ids, types, full, kept
 
 
-def _values(rows: Sequence[Row], names: tuple[str, ...], problem: str) -> np.ndarray:
-    """Labels as numbers.
+def _problem_for(typed: TypedRows, wanted: str) -> str:
+    """The kind of problem: as the data set says, else what the objective learns, else as the labels look."""
+    labels = [r["label"] for r in typed.rows]
+    if wanted == "number":
+        return typed.problem or REGRESSION
+    if wanted == "classes" and not typed.problem:
+        return MULTI if any(isinstance(x, list) for x in labels) else SINGLE
+    return typed.problem or problem_of(labels)
 
-    Raises:
-      DataError: a class that is not among `names`, or no number in a regression.
-    """
+
+def _fitting(rows: Sequence[Row], problem: str, bad: BadRows) -> list[Row]:
+    """The rows whose labels are classes of one kind; the others go to `bad`. Numbers are looked at later."""
     if problem == REGRESSION:
-        odd = next((r for r in rows if _number(r["label"]) is None), None)
-        if odd is not None:
-            raise DataError(f"{odd.origin}: field 'label' expected a number, got {odd['label']!r}")
-        return np.asarray([float(r["label"]) for r in rows], np.float32)
+        return list(rows)
+    kept, numbers = [], all(_number(r["label"]) is not None for r in rows)
+    for row in rows:
+        whole = (float(x).is_integer() for x in [row["label"]] if numbers or isinstance(x, float))
+        if all(whole):
+            kept.append(row)
+        else:
+            bad.add(
+                f"{row.origin}: label {row['label']!r} has a fraction, and a class is a whole number or a text. "
+                "Numbers are learned with objective=regression"
+            )
+    return odd_ones(kept, lambda row: [row["label"]], bad)
+
+
+def _check_apart(rows: Sequence[Row], values: np.ndarray, names: tuple[str, ...], problem: str) -> None:
+    """Raises a `DataError` where all rows have one label: nothing can be learned from them."""
+    if problem == REGRESSION:
+        if len(rows) > 1 and len(np.unique(values)) == 1:
+            raise DataError(
+                f"every row has the number {values[0]:g} ({len(rows):,} rows, the first is {rows[0].origin}): there is "
+                "nothing to learn. Is another column meant? Rename it with data.columns=('label=score',)"
+            )
+    elif len(names) < 2:
+        raise DataError(
+            f"every row has the label {', '.join(names) or '(none)'}: there is nothing to tell apart ({len(rows):,} rows, "
+            f"the first is {rows[0].origin}). Is another column meant? Rename it with data.columns=('label=category',)"
+        )
+
+
+def _values(
+    rows: Sequence[Row], names: tuple[str, ...], problem: str, bad: BadRows, *, where: str
+) -> tuple[list[Row], np.ndarray]:
+    """The rows whose labels fit, and these as numbers; the others go to `bad`."""
     index = {name: i for i, name in enumerate(names)}
-    values = np.zeros((len(rows), len(names)), np.float32)
-    for i, row in enumerate(rows):
-        for label in row["label"] if isinstance(row["label"], list) else [row["label"]]:
-            if str(label) not in index:
-                raise DataError(
-                    f"{row.origin}: label {label!r} is not among the {len(names)} of the training rows."
-                    f"{did_you_mean(str(label), names)}"
-                )
-            values[i, index[str(label)]] = 1.0
-    return values if problem == MULTI else values.argmax(1).astype(np.int32)
+    kept, values = [], np.zeros((len(rows), 1 if problem == REGRESSION else len(names)), np.float32)
+    for row in rows:
+        given = row["label"] if problem != REGRESSION and isinstance(row["label"], list) else [row["label"]]
+        unknown = next((x for x in given if problem != REGRESSION and class_of(x) not in index), None)
+        if problem == REGRESSION and not math.isfinite(number(row["label"])):
+            bad.add(f"{row.origin}: field 'label' expected a finite number, got {row['label']!r}")
+        elif unknown is not None:
+            bad.add(f"{row.origin}: label {unknown!r} is not among {where}.{_known(unknown, names)}")
+        else:
+            at = [0] if problem == REGRESSION else [index[class_of(x)] for x in given]
+            values[len(kept), at] = number(row["label"]) if problem == REGRESSION else 1.0
+            kept.append(row)
+    values = values[: len(kept)]
+    if problem == REGRESSION:
+        return kept, values[:, 0]
+    return kept, values if problem == MULTI else values.argmax(1).astype(np.int32)
+
+
+def _known(label: Any, names: tuple[str, ...]) -> str:
+    """The classes that there are, for an error."""
+    return did_you_mean(str(label), names) or f" Known: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
 
 
 def _warnings(examples: LabelledExamples, bad: BadRows, long: list[int], loader: Loader) -> Iterable[str]:

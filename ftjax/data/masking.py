@@ -136,6 +136,8 @@ def encode_masked(
     texts: Examples = made.examples
     special = np.isin(texts.input_ids, np.asarray(tokenizer.all_special_ids))
     texts = replace(texts, weights=(~special).astype(np.float32))
+    texts, made = _with_words(texts, made, bool(options.get("required", True)))
+    special = texts.weights == 0
     begins = np.ones(len(texts.input_ids), bool)
     if whole_word:
         ids = np.unique(texts.input_ids)
@@ -149,6 +151,25 @@ def encode_masked(
     return Encoded(
         MaskedExamples(texts, begins, numbers), replace(made.report, warnings=warnings, trained_tokens=trained)
     )
+
+
+def _with_words(texts: Examples, made: Encoded, required: bool) -> tuple[Examples, Encoded]:
+    """The texts that have more than special tokens, and a report that counts the others.
+
+    Raises:
+      DataError: none is left.
+    """
+    found = np.asarray([bool(texts.weights[texts.part(i)].any()) for i in range(len(texts))], bool)
+    if found.all():
+        return texts, made
+    first = texts.origin(int(np.flatnonzero(~found)[0]))
+    empty = int((~found).sum())
+    if required and not found.any():
+        raise DataError(f"all {len(texts)} texts are empty, e.g. {first}: there is no token that could be masked")
+    r, kept = made.report, texts.take(np.flatnonzero(found))
+    warnings = (*r.warnings, f"{empty:,} texts are empty and are left out, e.g. {first}")
+    counts = {"examples": len(kept), "tokens": len(kept.input_ids), "zero_trained": r.zero_trained + empty}
+    return kept, replace(made, report=replace(r, warnings=warnings, **counts))
 
 
 def _pieces(

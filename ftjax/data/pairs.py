@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from ftjax.config import Loader
 from ftjax.data.batches import Derived, Examples, build_rows
 from ftjax.data.encode import Encoded, EncodeReport, encode
-from ftjax.data.formats import DatasetType, TypedRows
-from ftjax.data.rows import BadRows, Row
+from ftjax.data.formats import DatasetType, TypedRows, shown
+from ftjax.data.rows import BadRows, Row, number
 from ftjax.errors import DataError
 
 
@@ -135,13 +135,27 @@ def encode_pairs(
       DataError: these are no preference rows; an answer is empty; both answers are the same; see `encode`.
     """
     bad = bad or BadRows()
-    _require(typed.type, "preference", "prompt, chosen, rejected")
+    _require(typed, "preference", "prompt, chosen, rejected")
     rows = [row for row in typed.rows if not _refused(row, ("chosen", "rejected"), bad)]
     one, two = (_answers(rows, side, typed.type, tokenizer, loader, bad, options) for side in ("chosen", "rejected"))
     both = np.intersect1d(one.examples.rows, two.examples.rows)
     first, second = _only(one.examples, both), _only(two.examples, both)
     margins = np.asarray([float(rows[i].get("margin") or 0.0) for i in both], np.float32)
-    return _encoded(PairExamples(first, second, margins, "preference"), one.report, two.report)
+    made = PairExamples(first, second, margins, "preference")
+    differ = np.asarray([not np.array_equal(first[i].input_ids, second[i].input_ids) for i in range(len(both))], bool)
+    if not differ.any() and options.get("required", True):
+        where = f", e.g. {first.origin(0)}" if len(both) else ""
+        raise DataError(
+            f"no pair is left of {len(rows)}: within loader.max_length={loader.max_length} {len(both)} have answers that "
+            f"are the same{where}, of the others one answer has no token. Set a larger loader.max_length"
+        )
+    encoded = _encoded(made.take(np.flatnonzero(differ)), one.report, two.report)
+    return encoded if differ.all() else _warned(encoded, len(both) - int(differ.sum()), loader)
+
+
+def _warned(encoded: Encoded, same: int, loader: Loader) -> Encoded:
+    text = f"{same:,} pairs differ only behind loader.max_length={loader.max_length} and are left out"
+    return replace(encoded, report=replace(encoded.report, warnings=(*encoded.report.warnings, text)))
 
 
 def encode_judged(
@@ -153,18 +167,21 @@ def encode_judged(
       DataError: other columns; an answer is empty; all labels are the same.
     """
     bad = bad or BadRows()
-    _require(typed.type, "unpaired_preference", "prompt, completion, label")
+    _require(typed, "unpaired_preference", "prompt, completion, label")
     rows = [row for row in typed.rows if not _refused(row, ("completion",), bad)]
     one = _answers(rows, "completion", typed.type, tokenizer, loader, bad, options)
     labels = np.asarray([float(rows[i]["label"]) for i in one.examples.rows], np.float32)
     if len(labels) and options.get("required", True) and len(set(labels.tolist())) == 1:
-        raise DataError(f"every row has the label {bool(labels[0])}: KTO needs good and bad answers")
+        raise DataError(
+            f"every row has the label {bool(labels[0])}: KTO needs good and bad answers ({len(labels):,} rows, the first is "
+            f"{one.examples.origin(0)}). Add rows with the label {not labels[0]}, or use objective=causal_lm with good ones"
+        )
     return _encoded(PairExamples(one.examples, mismatched(one.examples), labels, "judged"), one.report, None)
 
 
-def _require(found: DatasetType, kind: str, columns: str) -> None:
-    if found.kind != kind:
-        raise DataError(f"expected {kind} rows (columns {columns}); these are {found}")
+def _require(typed: TypedRows, kind: str, columns: str) -> None:
+    if typed.type.kind != kind:
+        raise DataError(f"expected {kind} rows (columns {columns}); these are {typed.type}: {shown(typed.rows)}")
 
 
 def _refused(row: Row, sides: tuple[str, ...], bad: BadRows) -> bool:
@@ -174,6 +191,8 @@ def _refused(row: Row, sides: tuple[str, ...], bad: BadRows) -> bool:
         bad.add(f"{row.origin}: field {empty!r} is empty")
     elif len(sides) == 2 and row[sides[0]] == row[sides[1]]:
         bad.add(f"{row.origin}: chosen and rejected are the same")
+    elif row.get("margin") is not None and not np.isfinite(number(row["margin"])):
+        bad.add(f"{row.origin}: field 'margin' expected a finite number, got {row['margin']!r}")
     else:
         return False
     return True

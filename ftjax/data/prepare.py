@@ -165,7 +165,7 @@ def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: di
     bad = BadRows(loader.skip_bad)
     train, read = _typed(task, "train", bad, layout)
     if train is None:
-        raise DataError(f"data={task.name} has no training rows")
+        raise DataError(f"data={task.name} has no training rows{_why_none(task, bad)}")
     template = resolve_template(tokenizer, task.chat_template) if train.type.conversational else ""
     options: dict[str, Any] = {"template": template, "wrap": task.wraps, **extra}
     encoded = _noted(layout.encode(train, tokenizer, loader, **options, bad=bad, read=read), bad)
@@ -173,7 +173,7 @@ def _build(task: Task, loader: Loader, tokenizer: Any, layout: Layout, extra: di
     held_out, read = _typed(task, "eval", eval_bad, layout)
     if held_out is None:
         empty = encoded.examples.take(np.zeros(0, np.int64))
-        return _Content(train.type, encoded, Encoded(empty, EncodeReport()), template, ())
+        return _Content(train.type, encoded, Encoded(empty, EncodeReport()), template, _no_held_out(task, eval_bad))
     if held_out.type != train.type:
         raise DataError(
             f"the held-out rows are {held_out.type}, the training rows {train.type}: the columns must agree"
@@ -197,8 +197,32 @@ def _typed(task: Task, split: Split, bad: BadRows, layout: Layout) -> tuple[Type
     read = len(rows) + bad.count + bad.removed
     if not rows:
         return None, read
+    typed = layout.type_rows(rows, columns=task.columns, bad=bad)
+    if not typed.rows:
+        if split == "train":
+            raise DataError(f"no rows are left of {read}: {bad.summary()}")
+        return None, read
     told = {"names": getattr(task, "labels", ()), "problem": getattr(task, "problem", "")}
-    return replace(layout.type_rows(rows, columns=task.columns, bad=bad), **told), read
+    return replace(typed, **told), read
+
+
+def _why_none(task: Task, bad: BadRows) -> str:
+    """Where the training rows went."""
+    if bad.count:
+        return f": {bad.summary()}"
+    held_out = task.examples("eval", bad=BadRows(10**9))
+    if not held_out:
+        return ""
+    return f": all {len(held_out)} are held out, e.g. {held_out[0].origin}. Set data.eval_share=0, or give more rows"
+
+
+def _no_held_out(task: Task, bad: BadRows) -> tuple[str, ...]:
+    """A warning where a data set should have held-out rows and has none."""
+    if bad.count:
+        return (f"no held-out row is left, so nothing is evaluated: {bad.summary()}",)
+    share = getattr(task, "eval_share", 0)
+    few = f"data.eval_share={share:g} of so few different rows is none: nothing is held out and nothing evaluated"
+    return (few,) if share else ()
 
 
 def leak_warnings(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ftjax.errors import DataError
 
 EXCERPT = 100
+FLOAT32_MAX = 3.4028234e38
 NEAR_LEAK = "equal or similar to a held-out row, and kept"
 
 
@@ -97,6 +99,15 @@ def row_hash(row: dict[str, Any]) -> str:
     """SHA-256 of the content of a row: equal rows have equal hashes, wherever they stand."""
     text = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def number(value: Any) -> float:
+    """A number as float32 holds it; NaN for what is none, infinite for what is too large."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return found if abs(found) <= FLOAT32_MAX else found * math.inf
 
 
 def share_of(key: str) -> float:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ftjax.config import Loader
 from ftjax.data.batches import Derived, Examples, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport, ending, with_end
-from ftjax.data.formats import DatasetType, TypedRows
+from ftjax.data.formats import DatasetType, TypedRows, is_empty, shown
 from ftjax.data.labels import tokenized
 from ftjax.data.rows import BadRows, Row
 from ftjax.errors import DataError
@@ -99,8 +99,13 @@ def encode_seq2seq(
       DataError: other columns, or conversations; texts too long; nothing is left.
     """
     if typed.type != DatasetType("prompt_completion", False):
-        raise DataError(f"expected plain prompt_completion rows (columns prompt, completion); these are {typed.type}")
-    bad = bad or BadRows()
+        raise DataError(
+            f"expected plain prompt_completion rows (columns prompt, completion); these are {typed.type}: {shown(typed.rows)}"
+        )
+    bad = BadRows() if bad is None else bad
+    typed = replace(typed, rows=_answered(typed.rows, bad))
+    if not typed.rows and required:
+        raise DataError(f"no row with an answer is left: {bad.summary()}")
     end = ending(tokenizer)
     sources = _texts([Row({"text": r["prompt"]}, r.origin) for r in typed.rows], tokenizer, loader)
     answers = _texts([Row({"text": with_end(r["completion"], end)}, r.origin) for r in typed.rows], tokenizer, loader)
@@ -118,10 +123,22 @@ def encode_seq2seq(
         read=len(typed.rows) + bad.count if read is None else read, skipped_bad=bad.count,
         dropped=len(typed.rows) - len(both), truncated=long if loader.truncation == "right" else 0, examples=len(both),
         tokens=len(kept.sources.input_ids) + len(kept.answers.input_ids), trained_tokens=len(kept.answers.input_ids),
-        eos_trained=int((kept.answers.input_ids == tokenizer.eos_token_id).sum()), longest=max(full),
+        eos_trained=int((kept.answers.input_ids == tokenizer.eos_token_id).sum()), longest=max(full, default=0),
         warnings=tuple(warnings),
     )  # fmt: skip
     return Encoded(kept, report)
+
+
+def _answered(rows: Sequence[Row], bad: BadRows) -> list[Row]:
+    """The rows whose source and answer say something; the others go to `bad`."""
+    kept = []
+    for row in rows:
+        empty = next((f for f in ("prompt", "completion") if is_empty(row[f])), None)
+        if empty:
+            bad.add(f"{row.origin}: field {empty!r} is empty")
+        else:
+            kept.append(row)
+    return kept
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,11 @@ def encode_questions(
       DataError: a question is too long and `loader.truncation` is "error", or nothing is left.
     """
     bad, rows = bad or BadRows(), typed.rows
+    if required and like is None and not any(r["texts"] for r in rows):
+        raise DataError(
+            f"none of {len(rows)} questions has an answer (the first is {rows[0].origin}): the model would learn to give "
+            "none. Is 'text' in the field 'answers' empty everywhere?"
+        )
     short = _crowded(rows, tokenizer, loader, stride)
     kept = sorted(set(range(len(rows))) - set(short))
     if not kept and required:

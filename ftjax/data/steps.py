@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ftjax.config import Loader
 from ftjax.data.encode import Encoded
-from ftjax.data.formats import DatasetType, TypedRows
+from ftjax.data.formats import DatasetType, TypedRows, shown
 from ftjax.data.rows import BadRows, Row
 from ftjax.data.tags import IGNORED, Pieces, TagExamples, finish
 from ftjax.errors import DataError
@@ -55,7 +55,8 @@ def encode_steps(
     """
     if typed.type != DatasetType("stepwise_supervision", False):
         raise DataError(
-            f"expected stepwise_supervision rows (columns prompt, completions, labels); these are {typed.type}"
+            f"expected stepwise_supervision rows (columns prompt, completions, labels); these are {typed.type}: "
+            f"{shown(typed.rows)}"
         )
     bad = bad or BadRows()
     rows, made = [], []
@@ -68,6 +69,12 @@ def encode_steps(
     cut = [
         (ids[: loader.max_length], types[: loader.max_length], tags[: loader.max_length]) for ids, types, tags in made
     ]
+    kinds = {tag for _, _, tags in made for tag in tags} - {IGNORED}
+    if len(kinds) == 1 and required and like is None:
+        raise DataError(
+            f"every judged step of {len(rows)} rows is {(WRONG, RIGHT)[min(kinds)]} (the first row is {rows[0].origin}): "
+            "there is nothing to tell apart. Add rows with the other label in 'labels'"
+        )
     return finish(cut, full, rows, (WRONG, RIGHT), loader, bad=bad, read=read, required=required)
 
 

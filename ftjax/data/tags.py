@@ -23,7 +23,7 @@ from ftjax.config import Loader
 from ftjax.data.batches import Flat, flatten, offsets_of
 from ftjax.data.encode import Encoded, EncodeReport
 from ftjax.data.formats import DatasetType, TypedRows, rename
-from ftjax.data.labels import class_names
+from ftjax.data.labels import class_names, odd_ones
 from ftjax.data.rows import BadRows, Row
 from ftjax.errors import DataError, did_you_mean
 
@@ -128,6 +128,8 @@ def _problem(row: Row, words: str, labels: str) -> str:
             )
     if not _list_of(row[words], str) or not row[words]:
         return f"field {words!r} expected a list of words, got {row[words]!r}"
+    if (empty := next((i for i, w in enumerate(row[words]) if not w.strip()), None)) is not None:
+        return f"word {empty} of {words!r} is empty, so its label would belong to no token"
     if not _list_of(row[labels], (str, int)):
         return f"field {labels!r} expected a list of classes (numbers or texts), got {row[labels]!r}"
     if len(row[words]) != len(row[labels]):
@@ -170,11 +172,15 @@ def encode_tagged(
       DataError: a label is out of range, there is only one class, texts are too long, or nothing is left.
     """
     bad = bad or BadRows()
-    names = like.names if like else names or class_names(x for r in typed.rows for x in r["labels"] if x != IGNORED)
+    found = typed.rows if like else odd_ones(typed.rows, lambda r: [x for x in r["labels"] if x != IGNORED], bad)
+    names = like.names if like else names or class_names(x for r in found for x in r["labels"] if x != IGNORED)
     if len(names) < 2:
-        raise DataError(f"every word has the label {', '.join(names) or '(none)'}: there is nothing to tell apart")
+        where = f" ({len(found):,} rows, the first is {found[0].origin})" if found else ""
+        raise DataError(
+            f"every word has the label {', '.join(names) or '(none)'}: there is nothing to tell apart{where}"
+        )
     rows, classes = [], []
-    for row in typed.rows:
+    for row in found:
         numbers = _numbers(row, names, bad)
         if numbers is not None:
             rows.append(row)
@@ -212,12 +218,18 @@ def finish(
     fits = [i for i in range(len(rows)) if i not in drop]
     kept = [i for i in fits if any(tag != IGNORED for tag in parts[i][2])]
     if not kept and required:
-        raise DataError(f"none of {len(rows)} texts has a label within loader.max_length={loader.max_length}")
+        what = f"the shortest has {min(full):,} tokens" if full else bad.summary()
+        raise DataError(f"none of {len(rows)} texts has a label within loader.max_length={loader.max_length}: {what}")
     examples = TagExamples.of([parts[i] for i in kept], kept, names, (r.origin for r in rows))
     warnings = [bad.summary()] if bad.count else []
     if long:
         what = "left out, longer than" if drop else "cut to"
         warnings.append(f"{len(long):,} texts are {what} loader.max_length={loader.max_length}")
+    if len(fits) > len(kept):
+        first = rows[min(set(fits) - set(kept))].origin
+        warnings.append(
+            f"{len(fits) - len(kept):,} texts have no label within max_length and are left out, e.g. {first}"
+        )
     report = EncodeReport(
         read=len(rows) + bad.count if read is None else read, skipped_bad=bad.count, dropped=len(drop),
         truncated=0 if drop else len(long), zero_trained=len(fits) - len(kept), examples=len(kept),

@@ -34,6 +34,10 @@ class Classification(Component):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread evenly over the classes.")
     class_weights: tuple[float, ...] = Field((), description="Weight of each class in the loss; empty: all 1.")
 
+    def data_options(self) -> dict[str, Any]:
+        """Labels are classes."""
+        return {"wanted": "classes"}
+
     def head(self, labels: tuple[str, ...], problem: str = "") -> HeadSpec:
         """A class of the data per output."""
         return HeadSpec("sequence_classification", labels, problem)

@@ -33,6 +33,10 @@ class Regression(Component):
     loss: Literal["mse", "mae", "huber"] = Field("mse", description="Error that is minimised.")
     delta: float = Field(1.0, gt=0, description="huber: where the square turns into a line.")
 
+    def data_options(self) -> dict[str, Any]:
+        """Labels are numbers, whole ones too."""
+        return {"wanted": "number"}
+
     def head(self, labels: tuple[str, ...], problem: str = REGRESSION) -> HeadSpec:
         """One output."""
         return HeadSpec("sequence_classification", ("value",), REGRESSION)

@@ -95,14 +95,17 @@ def asked(
 
 def _choices(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Texts and labels (there may be none) of a row's choices."""
+    if lacking := [c for c in ("question", "choices", "answer") if c not in row]:
+        raise DataError(
+            f"no column {lacking[0]!r}: expected the columns question, choices, answer; there are {', '.join(row)}. Others can "
+            "be renamed, e.g. data.renames=('answer=answerKey',)"
+        )
     given: Any = row.get("choices")
     labels: Any = ()
     if isinstance(given, dict):
         given, labels = given.get("text"), given.get("label") or ()
     if not isinstance(given, list) or len(given) < 2 or not all(isinstance(c, str) and c for c in given):
         raise DataError(f"expected choices: a list of two or more texts, got {given!r:.60}")
-    if "question" not in row:
-        raise DataError(f"expected the columns question, choices, answer; there are {', '.join(row)}")
     return tuple(given), tuple(map(str, labels))
 
 
