@@ -61,6 +61,7 @@ VARIANTS = {
         "combine",
         {"methods": tuple(registry.get("peft", m["name"])(**m) for m in UNIPELT), "gates": True},
     ),
+    "loreft_all": ("loreft", {"positions": "all"}),
 }
 MODELS = tinymodels.known()
 CHEAP = ("llama", "bert", "vit")
@@ -99,6 +100,8 @@ VARIED = [
     Cell("causal_lm", "combine_gates", "llama"),
     Cell("classification", "combine_gates", "bert"),
     Cell("seq2seq", "combine_gates", "t5"),
+    Cell("causal_lm", "loreft_all", "llama"),
+    Cell("seq2seq", "loreft_all", "t5"),
     Cell("causal_lm", "combine_gates", "llama", "nf4"),
 ]
 

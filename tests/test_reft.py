@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 from ftjax import registry
-from ftjax.data.batches import Example, build_rows
+from ftjax.data.batches import Example, Examples, build_rows
 from ftjax.errors import ConfigError, DataError
+from ftjax.generate.decode import decode
+from ftjax.generate.sampling import Sampling
 from ftjax.models.layers import Seq
 from ftjax.objectives.causal_lm import model_inputs
 from ftjax.params import bounds, cut
@@ -21,6 +23,7 @@ from ftjax.peft.base import bind
 from ftjax.peft.interop import load_adapter, save_adapter
 from ftjax.peft.reft import DiReFT, LoReFT, NoReFT, orthonormal, parse_positions
 from ftjax.rows import places, prompt_lengths
+from ftjax.train.setup import check_prompts
 from tests import tiny, tinymodels
 
 NAMES = ("loreft", "noreft", "direft")
@@ -45,12 +48,12 @@ def test_places_and_prompt_lengths():
             start += size
 
 
-@pytest.mark.parametrize("positions, want", [("f7+l7", (7, 7)), ("f1", (1, 0)), ("l12", (0, 12))])
+@pytest.mark.parametrize("positions, want", [("f7+l7", (7, 7)), ("f1", (1, 0)), ("l12", (0, 12)), ("all", (0, 0))])
 def test_positions(positions, want):
     assert parse_positions(positions) == want
 
 
-@pytest.mark.parametrize("positions", ["", "7", "f0", "l3+f3", "f3+l", "f-1", "f1,l1"])
+@pytest.mark.parametrize("positions", ["", "7", "f0", "l3+f3", "f3+l", "f-1", "f1,l1", "all+f1", "All"])
 def test_positions_that_mean_nothing(positions):
     with pytest.raises(ValidationError, match="positions"):
         LoReFT(positions=positions)
@@ -72,6 +75,11 @@ def test_which_places_are_edited():
         assert np.flatnonzero(moved[0]).tolist() == columns
         later = Seq(None, segments, segments, prompt, first=False)
         assert one(h, later) is h
+    (tap,) = NoReFT(positions="all").init(jax.random.key(1), table, {}).values()
+    one = jax.tree.map(lambda x: x[0], tap)
+    for first in (True, False):
+        moved = (one(h, Seq(None, segments, segments, prompt, first=first)) != h).any(-1)
+        assert np.flatnonzero(moved[0]).tolist() == list(range(2, 15))
 
 
 def test_rows_stay_orthonormal_after_every_step():
@@ -132,7 +140,9 @@ def test_packed_rows_equal_single_ones(name):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{}, dict(tied=True, rank=2), dict(positions="l3", layers=(1,))], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(tied=True, rank=2), dict(positions="l3", layers=(1,)), dict(positions="all")], ids=str
+)
 def test_round_trip(tmp_path, family, name, options):
     model = tinymodels.known()[family]()
     base, method = tiny.weights(model), registry.get("peft", name)(**options)
@@ -143,7 +153,8 @@ def test_round_trip(tmp_path, family, name, options):
     assert jax.tree.structure(file.overlay) == jax.tree.structure(overlay)
     assert tiny.largest(file.overlay, overlay) < (2e-6 if name == "loreft" else 1e-30)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert ("config" in config) == (name != "loreft")  # what AdapterHub would read in part it does not find
+    unseen = name == "loreft" or method.positions == "all"
+    assert ("config" in config) != unseen  # what AdapterHub would read in part, or not at all, it does not find
     layer = {"llama": "model.layers.1.", "bert": "bert.encoder.layer.1."}[family]
     tensor = load_file(tmp_path / "adapter.safetensors")[f"{layer}reft_layer.refts.default.units.0.projection.weight"]
     assert tensor.shape == (method.rank, model.config.hidden_size)
@@ -187,6 +198,8 @@ def test_a_file_of_adapterhub(tmp_path):
     [
         (dict(non_linearity="relu"), "non_linearity='relu' +is not supported"),
         (dict(suffix_positions=0), "edit nothing"),
+        (dict(all_positions=True), "suffix_positions=3 +and all_positions=True exclude each other"),
+        (dict(all_positions=1), "all_positions=1 +expected true or false"),
         (dict(orthogonality=True), "rows of a projection are not orthonormal"),
         (dict(orthogonality=True, subtract_projection=False), "is not supported"),
         (dict(layers=[1, 2]), r"layers\.2.*missing"),
@@ -214,3 +227,36 @@ def test_settings_that_do_not_fit(method, match):
 def test_no_prompt_no_reft():
     with pytest.raises(ConfigError, match="no prompt of tokens"):
         LoReFT().labels(tinymodels.known()["vit"]().table)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_every_position_when_decoding(family):
+    """Answers made with the cache are those of the whole text, prompt and answer edited; of two sides both are."""
+    model = tinymodels.known()[family]()
+    base, method = tiny.weights(model), DiReFT(positions="all", rank=8)
+    drawn = method.init(jax.random.key(0), model.table, base)
+    overlay = {k: tap.replace(w=5 * tap.w, r=5 * tap.r) for k, tap in drawn.items()}
+    stacks = {"llama": ["layers"], "t5": ["encoder", "decoder"]}[family]
+    assert [k.split("[")[0] for k in overlay] == stacks
+    params = bind(cut(base, bounds(overlay)), overlay)
+    prompts = [np.asarray(row, np.int32) for row in ([5, 9, 31, 7, 8, 44], [61, 12, 3])]
+    pieces = list(decode(model, params, prompts, Sampling(), limits=[8] * 2, eos=[], pad=0))
+    made = [[t for piece in pieces for t in piece[i]] for i in range(2)]
+    for prompt, answer in zip(prompts, made, strict=True):
+        inputs = {
+            "input_ids": jnp.asarray([[*prompt, *answer]]),
+            "prompt_len": jnp.full((1, len(prompt) + 8), len(prompt)),
+        }
+        at = len(prompt) - 1
+        if family == "t5":
+            inputs = {"input_ids": jnp.asarray(prompt)[None], "decoder_input_ids": jnp.asarray([[0, *answer]])}
+            at = 0
+        whole, plain = (model.apply(p, inputs).logits[0, at : at + 8].argmax(-1).tolist() for p in (params, base))
+        assert whole == answer != plain
+
+
+def test_texts_without_prompts():
+    examples = Examples.of([Example(np.arange(3, 9, dtype=np.int32), np.asarray([0, 1, 1, 1, 1, 1], np.float32))])
+    with pytest.raises(ConfigError, match="peft.positions=all"):
+        check_prompts(LoReFT(), examples)
+    check_prompts(LoReFT(positions="all"), examples)

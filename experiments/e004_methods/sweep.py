@@ -5,8 +5,8 @@
     python -m experiments.e004_methods.sweep table                                          # table.md, learnt_forgotten.svg
 
 The grid has three rates, a factor of 3 apart, and goes on outwards while an edge is best (twice at most). It is searched
-with seed 0; the best rate is then run with the other seeds. A method compiles once; nothing is saved. ReFT is not among the
-methods: it edits hidden values of a prompt, and plain text has none.
+with seed 0; the best rate is then run with the other seeds. A method compiles once; nothing is saved. ReFT edits every token,
+since plain text has no prompts whose ends it could edit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ftjax import configfile, tree
 from ftjax.config import Run
 from ftjax.regimes.fit import memory_of
 from ftjax.train.session import Evaluator
-from ftjax.train.setup import Setup, compile_eval, compile_train, prepare
+from ftjax.train.setup import Setup, compile_train, prepare
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent.parent / "configs" / "adapt_text.py"
@@ -61,6 +61,9 @@ METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "pfeiffer": (1e-2, ("peft=pfeiffer", "peft.reduction=4")),
     "parallel": (1e-2, ("peft=parallel", "peft.reduction=4")),
     "compacter": (1e-2, ("peft=compacter", "peft.reduction=4")),
+    "loreft": (1e-2, ("peft=loreft", "peft.rank=8", "peft.positions=all")),
+    "noreft": (1e-2, ("peft=noreft", "peft.rank=8", "peft.positions=all")),
+    "direft": (1e-2, ("peft=direft", "peft.rank=8", "peft.positions=all")),
     "prefix and parallel (MAM)": (1e-2, ("peft=combine", 'peft.methods=[{"name":"prefix"},{"name":"parallel","reduction":4}]')),
 }  # fmt: skip
 FACTOR, EXTEND = 3.0, 2
@@ -82,13 +85,12 @@ class Trials:
     def __init__(self, args: argparse.Namespace, method: str, rows: jax.Array):
         self.args, self.method, self.rows = args, method, rows
         self.step: Any = None
-        self.held: Any = None
+        self.held: dict[str, Any] = {}  # filled by the first evaluator
 
     def __call__(self, lr: float, seed: int) -> dict[str, Any]:
         """Trains once."""
         setup = prepare(run_of(self.args, self.method, lr=lr, seed=seed), say=lambda _: None)
         self.step = self.step or compile_train(setup)
-        self.held = self.held or compile_eval(setup, setup.run.train.batch)
         evaluator = Evaluator(setup, contextlib.nullcontext, self.held)
         before, old = (
             evaluator.held_out(setup.state)["loss"],

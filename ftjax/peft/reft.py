@@ -1,12 +1,14 @@
-"""ReFT: edits of the hidden values behind a layer at the prompt's first and last tokens (Wu et al. 2024, arXiv:2404.03592).
+"""ReFT: edits of the hidden values behind a layer, at a prompt's ends or at every token (Wu et al. 2024, arXiv:2404.03592).
 
 LoReFT  h + R^T (W h + b - R h), R R^T = I;   NoReFT the same with a free R;   DiReFT  h + R^T (W h + b), R free
 
     peft=LoReFT(rank=4, positions="f7+l7", layers=(8, 16))
+    peft=LoReFT(rank=4, positions="all")
 
-Of a prompt shorter than both together each side gets half, as in pyreft. Answers are not edited, so that decoding costs
-nothing. R is the orthonormal factor of the trained matrix, taken anew in every step: its rows stay orthonormal whatever the
-optimizer does.
+Of a prompt shorter than both ends together each gets half, as in pyreft. Answers are not edited then, so that decoding costs
+nothing. With "all" one edit is made at every real token, of answers and of texts without prompts too, and while decoding; of
+an encoder and a decoder, in both. R is the orthonormal factor of the trained matrix, taken anew in every step: its rows stay
+orthonormal whatever the optimizer does.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class ReFTTap:
       last: places edited at its end.
       orthogonal: whether R has orthonormal rows.
       subtract: whether R h is taken away.
+      everywhere: whether every real token is edited, whatever `first` and `last` are.
     """
 
     r: jax.Array
@@ -66,6 +69,7 @@ class ReFTTap:
     last: int = struct.field(pytree_node=False)
     orthogonal: bool = struct.field(pytree_node=False)
     subtract: bool = struct.field(pytree_node=False)
+    everywhere: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def rotation(self) -> jax.Array:
@@ -73,8 +77,8 @@ class ReFTTap:
         return orthonormal(self.r) if self.orthogonal else self.r
 
     def __call__(self, h: jax.Array, seq: Any) -> jax.Array:
-        """h [B, T, D] with the prompt's ends edited; what continues a sequence passes by."""
-        if not seq.first:
+        """h [B, T, D], edited; of edits at a prompt's ends what continues a sequence passes by."""
+        if not (seq.first or self.everywhere):
             return h
         R_UrD, w_UrD, b_Ur = (x.astype(h.dtype) for x in (self.rotation, self.w, self.b))
         edit_BTUr = jnp.einsum("BTD,UrD->BTUr", h, w_UrD - R_UrD if self.subtract else w_UrD) + b_Ur
@@ -83,8 +87,10 @@ class ReFTTap:
 
     def where(self, seq: Any) -> jax.Array:
         """Which places each edit is for, bool [B, T, U]."""
-        at, n = places(seq.segments)[0], seq.prompt_len
         real = seq.segments >= 0
+        if self.everywhere:
+            return real[..., None]
+        at, n = places(seq.segments)[0], seq.prompt_len
         begins = real & (at < jnp.minimum(self.first, n // 2))
         ends = real & (at < n) & (at >= n - jnp.minimum(self.last, n // 2))
         return jnp.stack([begins | ends] if self.b.shape[-2] == 1 else [begins, ends], axis=-1)
@@ -100,10 +106,13 @@ class ReFTCodec(HubCodec):
 
     Of LoReFT it holds the parametrisation of R: a D x D matrix for each edit. That is read, but R alone is written, with the
     settings where AdapterHub does not find them, since it would pass over such an R in silence. A file that does not say
-    ``subtract_projection`` means true, as it does there.
+    ``subtract_projection`` means true, as it does there. It has no setting for every position (so many that no text is longer
+    would leave its texts when padded on the left): ``all_positions`` is ours, and written where it does not look either.
     """
 
-    read = frozenset({"layers", "prefix_positions", "suffix_positions", "r", "tied_weights", "dropout", "dtype"})
+    read = frozenset({
+        "layers", "prefix_positions", "suffix_positions", "all_positions", "r", "tied_weights", "dropout", "dtype",
+    })  # fmt: skip
 
     def __init__(self, method: str, *, orthogonal: bool, subtract: bool):
         self.method = method
@@ -115,18 +124,26 @@ class ReFTCodec(HubCodec):
     def refuse(self, config: Mapping[str, Any]) -> list[str]:
         """See `Codec`."""
         lines = super().refuse({"architecture": None, "subtract_projection": True, **config})
-        if not (config.get("prefix_positions") or config.get("suffix_positions")):
-            lines.append("prefix_positions=0, suffix_positions=0  edit nothing")
+        ends = bool(config.get("prefix_positions") or config.get("suffix_positions"))
+        if type(everywhere := config.get("all_positions", False)) is not bool:
+            return [*lines, f"all_positions={everywhere!r}  expected true or false"]
+        if ends == everywhere:
+            ways = [f"{k}={config.get(k)!r}" for k in ("prefix_positions", "suffix_positions")]
+            lines.append(
+                f"{', '.join(ways)}  " + ("and all_positions=True exclude each other" if ends else "edit nothing")
+            )
         return lines
 
     def wrap(self, config: dict[str, Any]) -> dict[str, Any]:
         """See `Codec`."""
-        return {**config, "name": hub_name({})} if config["orthogonality"] else super().wrap(config)
+        unseen = config["orthogonality"] or config.get("all_positions")
+        return {**config, "name": hub_name({})} if unseen else super().wrap(config)
 
     def config_of(self, method: ReFT, overlay: Overlay, table: Table) -> dict[str, Any]:
         """See `HubCodec`."""
         first, last = parse_positions(method.positions)
-        return {
+        more = {"all_positions": True} if method.everywhere else {}
+        return more | {
             "layers": list(method.layers) or "all", "prefix_positions": first, "suffix_positions": last,
             "r": method.rank, "tied_weights": method.tied or not (first and last),
         }  # fmt: skip
@@ -135,8 +152,9 @@ class ReFTCodec(HubCodec):
         """See `HubCodec`."""
         ends = {"f": config.get("prefix_positions"), "l": config.get("suffix_positions")}
         layers = config.get("layers", "all")
+        positions = EVERYWHERE if config.get("all_positions") else "+".join(f"{k}{n}" for k, n in ends.items() if n)
         return known("peft")[self.method](
-            rank=int(config["r"]), positions="+".join(f"{k}{n}" for k, n in ends.items() if n),
+            rank=int(config["r"]), positions=positions,
             tied=bool(config.get("tied_weights")) and all(ends.values()),
             layers=() if layers == "all" else tuple(sorted(layers)),
         )  # fmt: skip
@@ -199,11 +217,13 @@ def unparametrised(tensors: Tensors) -> Tensors:
     return out
 
 
-_POSITIONS = r"f[1-9]\d*|l[1-9]\d*|f[1-9]\d*\+l[1-9]\d*"
+EVERYWHERE = "all"
+"""The spelling of every real token."""
+_POSITIONS = rf"f[1-9]\d*|l[1-9]\d*|f[1-9]\d*\+l[1-9]\d*|{EVERYWHERE}"
 
 
 def parse_positions(positions: str) -> tuple[int, int]:
-    """(first, last) of pyreft's spelling: "f7+l7", "f1", "l3"."""
+    """(first, last) of pyreft's spelling: "f7+l7", "f1", "l3"; (0, 0) of `EVERYWHERE`."""
     found = dict(re.findall(r"([fl])(\d+)", positions))
     return int(found.get("f", 0)), int(found.get("l", 0))
 
@@ -213,8 +233,6 @@ class ReFT(Component):
 
     mergeable: ClassVar[bool] = False
     identity_at_init: ClassVar[bool] = False
-    edits_prompts: ClassVar[bool] = True
-    """Whether only prompts are changed, so that data without prompts teach it nothing."""
     hf_type: ClassVar[str | None] = None
     usual_lr: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
     orthogonal: ClassVar[bool]
@@ -223,10 +241,22 @@ class ReFT(Component):
     name: str
     rank: int = Field(4, gt=0, description="Rank r of the edit.")
     positions: str = Field(
-        "f7+l7", pattern=f"^({_POSITIONS})$", description="Prompt tokens edited: first and last so many, as in pyreft."
+        "f7+l7",
+        pattern=f"^({_POSITIONS})$",
+        description="Prompt tokens edited: first and last so many, as in pyreft; all: every token, of answers too.",
     )
     tied: bool = Field(False, description="Whether first and last tokens share one edit.")
     layers: tuple[int, ...] = Field((), description="Only behind these layers, counted from 0; empty: all.")
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every real token is edited."""
+        return self.positions == EVERYWHERE
+
+    @property
+    def edits_prompts(self) -> bool:
+        """Whether only prompts are changed, so that data without prompts teach it nothing."""
+        return not self.everywhere
 
     def keys(self, table: Table) -> list[str]:
         """Sites of the edits."""
@@ -236,7 +266,7 @@ class ReFT(Component):
                 f"peft={self.name}: the model has no prompt of tokens whose hidden values could be edited"
             )
         reader = unranged(sites[0])  # of an encoder and a decoder, the one that reads the prompt
-        sites = [k for k in sites if unranged(k) == reader]
+        sites = [k for k in sites if self.everywhere or unranged(k) == reader]
         check_layers(self.layers, sites)
         if self.rank > (width := table[sites[0]].shape[-1]):
             raise ConfigError(f"peft.rank={self.rank} exceeds {width}, the width of the hidden values")
@@ -264,7 +294,8 @@ class ReFT(Component):
             return R, uniform(w, shape), uniform(b, shape[:2])
 
         drawn = jax.vmap(draw)(keys) if spec.stacked else draw(keys)
-        return ReFTTap(*drawn, first=first, last=last, orthogonal=self.orthogonal, subtract=self.subtract)
+        how: Any = dict(orthogonal=self.orthogonal, subtract=self.subtract, everywhere=self.everywhere)
+        return ReFTTap(*drawn, first=first, last=last, **how)
 
 
 @register("peft")

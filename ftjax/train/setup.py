@@ -288,7 +288,7 @@ def check_prompts(method: Any, examples: Any) -> None:
     if (examples.weights[second[examples.lengths > 1]] > 0).all():
         raise ConfigError(
             f"peft={method.name} edits hidden values of prompts, and the data have none: every token is trained. Use data of "
-            "prompts and completions, or another method"
+            "prompts and completions, peft.positions=all, or another method"
         )
 
 

@@ -147,10 +147,12 @@ def edited(h, r, w, b, *, name):
     return h + (source if name == "direft" else source - h @ r.T) @ r
 
 
-def reft_hook(module, args, output, *, tap, name, where):
+def reft_hook(module, args, output, *, tap, name, where, everywhere=False):
     h = output[0] if isinstance(output, tuple) else output
     if h.shape[1] == 1:  # a decoding step
-        return None
+        if not everywhere:
+            return None
+        where = [([0], [])] * len(h)
     out = h.clone()
     for i, columns in enumerate(where):
         for u, at in enumerate(columns if tap.b.shape[0] == 2 else [columns[0] + columns[1]]):
@@ -162,7 +164,8 @@ REFT = [
     ("loreft", "llama", {}, False), ("loreft", "llama", dict(tied=True, layers=(0, 2), positions="f2+l3"), True),
     ("loreft", "bert", {}, False), ("noreft", "llama", dict(layers=(1,)), True),
     ("noreft", "bert", dict(tied=True), False), ("direft", "llama", dict(positions="l4"), True),
-    ("direft", "bert", dict(positions="f1", layers=(0, 1)), False),
+    ("direft", "bert", dict(positions="f1", layers=(0, 1)), False), ("loreft", "llama", dict(positions="all"), True),
+    ("noreft", "bert", dict(positions="all"), False), ("direft", "llama", dict(positions="all", layers=(0, 2)), True),
 ]  # fmt: skip
 
 
@@ -172,14 +175,17 @@ def test_reft(bases, name, family, options, left):
     method = registry.get("peft", name)(rank=3, **options)
     overlay = overlay_of(method, model, params)
     mine, at = mirrored(overlay)
-    first, last = {"f7+l7": (7, 7), "f2+l3": (2, 3), "l4": (0, 4), "f1": (1, 0)}[method.positions]
-    handles = []
+    first, last = {"f7+l7": (7, 7), "f2+l3": (2, 3), "l4": (0, 4), "f1": (1, 0), "all": (0, 0)}[method.positions]
+    everywhere, handles = method.positions == "all", []
 
     def hook(prompts, starts):
         where = list(ends(first, last, prompts, starts))
+        if everywhere:  # the rows' tokens, whatever their prompts
+            where = [(list(range(start, start + n)), []) for n, start in zip((19, 7, 13), starts, strict=True)]
         for i, block in enumerate(BLOCKS[family](theirs)):
             if (tap := at("residual", i)) is not None:
-                handles.append(block.register_forward_hook(partial(reft_hook, tap=tap, name=name, where=where)))
+                how = partial(reft_hook, tap=tap, name=name, where=where, everywhere=everywhere)
+                handles.append(block.register_forward_hook(how))
 
     try:
         hook(PROMPTS, (0, 12, 6) if left else (0, 0, 0))
