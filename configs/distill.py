@@ -5,6 +5,7 @@ python run.py --config configs/distill.py ... objective.divergence=jsd objective
 python run.py --config configs/distill.py ... objective=distill_classification    # a tuned classifier; columns text, label
 python run.py --config configs/distill.py ... objective.hidden=0.1    # and from its hidden values, layers evenly spread
 python run.py --config configs/distill.py ... 'objective.teachers=[{"name":"pretrained","path":"OTHER"}]'    # two teachers
+python run.py --config configs/distill.py ... objective.attention=1.0    # and from its attention; equally many heads
 python run.py --config configs/distill.py ... objective.top_k=64    # the teacher runs once, before training: 512 bytes a token
 python run.py --config configs/distill.py ... model=thinned model.path=LARGE      # begins with every second layer
 """

@@ -286,8 +286,8 @@ def test_refusals(root):
             DistillCausalLM(top_k=8, divergence=other)
         )
         assert "top_k" not in told(DistillCausalLM(divergence=other))
-    assert "hidden values need a teacher at every step" in told(DistillCausalLM(top_k=8, hidden=1.0))
-    assert "hidden values need a teacher at every step" in told(DistillClassification(cached=True, hidden=1.0))
+    assert "hidden=1  it needs a teacher at every step" in told(DistillCausalLM(top_k=8, hidden=1.0))
+    assert "hidden=1  it needs a teacher at every step" in told(DistillClassification(cached=True, hidden=1.0))
     assert "begins with gradients" in told(DistillCausalLM(top_k=8), peft=Sparse(choose="fisher"))
     with pytest.raises(ConfigError, match=r"objective\.top_k=999: the vocabulary has \d+ tokens"):
         setup_for(root, DistillCausalLM(top_k=999))

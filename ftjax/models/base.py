@@ -83,6 +83,7 @@ class Output:
       mutable: running statistics after this batch, by store key; empty unless the model has any and trains them.
       chunk: tokens whose logits may exist at once.
       layers: hidden values after every layer [L, B, T, D], where they were asked for.
+      attentions: scores before the softmax, of the layers that were asked for [P, B, N, T, T]; -1e30 where nothing is seen.
     """
 
     hidden: jax.Array
@@ -90,6 +91,7 @@ class Output:
     cache: Cache | None = None
     mutable: Store = struct.field(default_factory=dict)
     layers: jax.Array | None = None
+    attentions: jax.Array | None = None
     chunk: int = struct.field(pytree_node=False, default=0)
 
     @property

@@ -17,7 +17,8 @@ from flax import struct
 from ftjax.ops import GLOBAL_SEGMENT, PAD_SEGMENT, dense
 from ftjax.params import ParamSpec, leaf
 
-_MASKED = -1e30
+MASKED = -1e30
+"""The score of a key that a query does not see."""
 
 
 @struct.dataclass
@@ -30,6 +31,7 @@ class Seq:
       segments: which example of the row a token belongs to [B, T]; GLOBAL_SEGMENT and PAD_SEGMENT are special.
       prompt_len: length of the prompt of the token's example [B, T]; interventions at prompt positions read it.
       first: whether this is the whole sequence or the prefill, rather than a decoding step.
+      scores: filled with the scores that `attend` finds [B, N, T, S], where they are wanted (see `ftjax.models.scores`).
     """
 
     h: jax.Array | None
@@ -37,6 +39,7 @@ class Seq:
     segments: jax.Array
     prompt_len: jax.Array
     first: bool = struct.field(pytree_node=False, default=True)
+    scores: list[jax.Array] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -225,7 +228,9 @@ def attend(
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, (B, N, *scores.shape[3:])).reshape(scores.shape)
     mask = visible(seq, kv, causal=causal, window=window)
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    if seq.scores is not None:
+        seq.scores.append(scores.reshape(B, N, *scores.shape[3:]))
     weights = jax.nn.softmax(scores, axis=-1)
     weights = (weights if gates is None else weights * gates).astype(kv.v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, kv.v).reshape(B, T, N * H)

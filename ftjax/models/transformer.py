@@ -22,6 +22,7 @@ from ftjax import ops
 from ftjax.models.base import Model, Output
 from ftjax.models.heads import PooledHead, ScoreHead, VocabularyHead
 from ftjax.models.layers import Cache, Seq, run_stack
+from ftjax.models.scores import asked, watching
 from ftjax.params import ParamSpec, Store, Table, declare, leaf, nest, site, stack
 from ftjax.rows import places
 
@@ -125,11 +126,11 @@ class Transformer(Model):
         return self.config.max_position_embeddings
 
     gives_layers: ClassVar[bool] = True
-    """Whether `apply` takes `layers`."""
+    """Whether `apply` takes `layers` and `attentions`."""
 
     def apply(
         self, params: Store, inputs: dict[str, jax.Array], *, cache: Any = None, first: bool = True,
-        train: bool = False, layers: bool = False,
+        train: bool = False, layers: bool = False, attentions: bool | tuple[int, ...] = False,
     ) -> Output:  # fmt: skip
         """Hidden values and the head for a batch of token rows.
 
@@ -141,6 +142,7 @@ class Transformer(Model):
           first: whether these tokens begin their sequence (all of it, or the prefill) rather than continue one.
           train: of no consequence here: there are no running statistics.
           layers: whether to give the hidden values after every layer too.
+          attentions: of which layers to give the attention scores too, from 0; True is all of them. Without a cache.
 
         Returns:
           The output of the last T places; `cache` moved on when given.
@@ -151,12 +153,15 @@ class Transformer(Model):
         cache = note(cache, seq)
         block, rest = self.block, dc.replace(seq, h=None)
 
-        def body(layer_params: dict, h: jax.Array, layer: Any, cache: Any) -> tuple[jax.Array, Any]:
-            return block.apply({"params": layer_params}, h, rest, layer, cache)
+        def body(layer_params: dict, h: jax.Array, layer: Any, cache: Any, seq: Seq = rest) -> tuple[jax.Array, Any]:
+            return block.apply({"params": layer_params}, h, seq, layer, cache)
 
-        n = self.numerics
+        n, c, run = self.numerics, self.config, body
+        if wanted := asked(attentions, c.num_hidden_layers):
+            run, cache = watching(body, rest, wanted, cache, (len(seq.h), c.num_attention_heads, T))
         each: list[jax.Array] | None = [] if layers else None
-        h, cache = run_stack(body, p["layers"], seq.h, cache, unroll=n.layers == "unroll", remat=n.remat, each=each)
+        h, cache = run_stack(run, p["layers"], seq.h, cache, unroll=n.layers == "unroll", remat=n.remat, each=each)
+        cache, scores = cache if wanted else (cache, None)
         if cache is not None:
             cache = dc.replace(cache, at=cache.at + seq.positions.shape[1])
         own = jax.tree.map(lambda x: x[:, -T:], rest)  # whatever a soft prompt put in front is cut off here
@@ -166,7 +171,7 @@ class Transformer(Model):
         made: Any = self.head_module.apply({"params": p}, h, own, p["embed"]["w"])
         hidden, head = made
         every = jnp.concatenate(each)[:, :, -T:] if each else None
-        return Output(hidden, head, cache, chunk=n.loss_chunk, layers=every)
+        return Output(hidden, head, cache, chunk=n.loss_chunk, layers=every, attentions=scores)
 
     def enter(self, p: dict[str, Any], inputs: dict[str, jax.Array], *, first: bool) -> Any:
         """The batch as the first layer meets it: tokens embedded, a soft prompt's columns in front. `p` is nested."""

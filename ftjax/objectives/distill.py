@@ -8,9 +8,9 @@ loss = (1 - a) CE(y, z) + a T^2 D(softmax(z' / T) || softmax(z / T)),   z' the t
 Three objectives, one per kind of head; each is the plain objective of its head with a second term. D is the forward or the
 reverse Kullback-Leibler divergence or the generalized Jensen-Shannon divergence of TRL's GKD (arXiv:2306.13649). Over a
 vocabulary the logits of both models exist for one chunk of tokens at a time. The teacher is loaded once, has no gradient,
-and is in no checkpoint and no export. Several are averaged (`ftjax.models.ensemble`). A term for hidden values can be added
-(`ftjax.objectives.hints`). A teacher can also be asked once, before training (`top_k`, `cached`; `ftjax.train.recorded`):
-the step then neither runs nor holds it.
+and is in no checkpoint and no export. Several are averaged (`ftjax.models.ensemble`). Terms for hidden values and for
+attention can be added (`ftjax.objectives.hints`, `attention_hints`). A teacher can also be asked once, before training
+(`top_k`, `cached`; `ftjax.train.recorded`): the step then neither runs nor holds it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pydantic import Field
 
 from ftjax.data.labels import LabelBatch
 from ftjax.kernels.vocab_loss import over_pairs
+from ftjax.objectives.attention_hints import AttentionHints
 from ftjax.objectives.base import LossOutput, Policy, token_count
 from ftjax.objectives.causal_lm import CausalLM, shift
 from ftjax.objectives.classification import Classification, smoothed
-from ftjax.objectives.hints import Hints
 from ftjax.objectives.masked_lm import MaskedLM
 from ftjax.objectives.recorded import top_k, top_k_tokens
 from ftjax.registry import register
@@ -53,7 +53,7 @@ DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
 """Divergence over the last axis of (teacher's, student's) log-probabilities, and beta."""
 
 
-class Distilled(Hints):
+class Distilled(AttentionHints):
     """What the three objectives have in common: the teacher and the distance from it."""
 
     teacher: Annotated[Any, Slot("model"), Field(description="The frozen model that is learned from.")] = Default(
@@ -124,15 +124,15 @@ class Distilled(Hints):
             yield f"objective.teacher={teacher.name}  a teacher is a model that was trained; use pretrained"
         if not self.records:
             return
-        if self.hidden:
-            yield f"objective.hidden={self.hidden:g}  hidden values need a teacher at every step, not one asked once"
+        for term in self.hint_share():
+            yield f"objective.{term}={getattr(self, term):g}  it needs a teacher at every step, not one that is asked once"
         if getattr(run.peft, "batches_for_start", 0):
             yield f"peft={run.peft.name}  begins with gradients, before the teacher is asked; ask it at every step"
 
     def advise(self, run: Any) -> Iterator[str]:
         """Settings that are probably not meant."""
         yield from self.advise_hints()
-        if self.alpha == 0 and not self.hidden:
+        if self.alpha == 0 and not self.hint_share():
             yield "objective.alpha=0.0  the teacher is computed and has no effect"
         if self.teacher == run.model:
             yield f"objective.teacher.path={self.teacher.path}  is the model that is trained: it learns from its own start"
@@ -190,7 +190,7 @@ class DistillCausalLM(Distilled, CausalLM):
             each = top_k_tokens(output, targets, batch.top_ids, batch.top_log_p, **told)
             sums, found = self.summed(each, weights)
         else:
-            known = reference(self.inputs(batch), **self.watched())
+            known = reference(self.inputs(batch), **self.watched(teacher=True))
             sums, found = self.language(output, known, targets, weights, hyper)
             sums |= self.hint(output, known, batch, hyper)
         return LossOutput(sums, mutable, found | {"num_tokens": (weights.sum(), jnp.float32(1))})
@@ -218,7 +218,7 @@ class DistillMaskedLM(Distilled, MaskedLM):
     def __call__(self, policy: Policy, batch: Any, *, reference: Any, mutable: Any, hyper: dict) -> LossOutput:
         """Sums over the chosen tokens; `reference` is the teacher."""
         output, mutable = policy(self.inputs(batch), mutable, **self.watched())
-        known = reference(self.inputs(batch), **self.watched())
+        known = reference(self.inputs(batch), **self.watched(teacher=True))
         weights, at = self._chosen(batch)
         mine, theirs = (out.at(at) for out in (output, known))
         targets = jnp.take_along_axis(batch.targets, at, axis=1)
@@ -266,7 +266,7 @@ class DistillClassification(Distilled, Classification):
 
         out = Classification.__call__(self, noted, batch, reference=None, mutable=mutable, hyper=hyper)
         measure = self.distance_each if batch.labels.ndim == 2 else self.distance
-        known = None if self.cached else reference(self.inputs(batch), **self.watched())
+        known = None if self.cached else reference(self.inputs(batch), **self.watched(teacher=True))
         logits = batch.said if known is None else jax.lax.stop_gradient(known.logits)  # pyright: ignore
         more = {"divergence": (measure(logits, out.rows["logits"], hyper) * batch.weights).sum()}
         more |= self.hint(said[0], known, batch, hyper)

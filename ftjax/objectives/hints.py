@@ -55,6 +55,32 @@ DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"mse": squa
 """Distance over the last axis of (student's, teacher's) hidden values."""
 
 
+def check_pairs(term: str, share: float, pairs: Pairs, student: Any, teacher: Any) -> None:
+    """Whether the layers of two models can be compared.
+
+    Args:
+      term: name of the field of its coefficient.
+      share: the coefficient.
+      pairs: of layers.
+      student: the model that is trained.
+      teacher: the one that it learns from.
+
+    Raises:
+      ConfigError: a model whose layers cannot be asked for, or a pair beyond them.
+    """
+    what = {"hidden": "hidden values", "attention": "attention maps"}[term]
+    for model, who in ((student, "student"), (teacher, "teacher")):
+        if not getattr(model, "gives_layers", False):
+            raise ConfigError(f"objective.{term}={share:g}: the {who}, {model.family}, gives no {what}")
+    mine, theirs = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    for s, t in pairs:
+        if not (0 <= s < mine and 0 <= t < theirs):
+            raise ConfigError(
+                f"objective.{term}_layers: ({s}, {t}) is no pair of layers; the student has {mine}, the teacher {theirs}, "
+                "both count from 0"
+            )
+
+
 class Hints(Component):
     """The fields and the term; `Distilled` has them too."""
 
@@ -64,7 +90,7 @@ class Hints(Component):
     )
     hidden_distance: Literal["mse", "cosine"] = Field("mse", description="Distance of two tokens' hidden values.")
 
-    def watched(self) -> dict[str, bool]:
+    def watched(self) -> dict[str, Any]:
         """What a model is asked for beside its output."""
         return {"layers": True} if self.hidden else {}
 
@@ -110,19 +136,8 @@ class Hints(Component):
         """
         if not self.hidden:
             return {}
-        for model, who in ((student, "student"), (teacher, "teacher")):
-            if not getattr(model, "gives_layers", False):
-                raise ConfigError(
-                    f"objective.hidden={self.hidden:g}: the {who}, {model.family}, gives no hidden values"
-                )
-        mine, theirs = student.config, teacher.config
-        for s, t in self.hidden_layers:
-            if not (0 <= s < mine.num_hidden_layers and 0 <= t < theirs.num_hidden_layers):
-                raise ConfigError(
-                    f"objective.hidden_layers: ({s}, {t}) is no pair of layers; the student has "
-                    f"{mine.num_hidden_layers}, the teacher {theirs.num_hidden_layers}, both count from 0"
-                )
-        D, wide = mine.hidden_size, theirs.hidden_size
+        check_pairs("hidden", self.hidden, self.hidden_layers, student, teacher)
+        D, wide = student.config.hidden_size, teacher.config.hidden_size
         return {} if wide == D else {PROJECTION: jax.random.normal(rng, (D, wide), jnp.float32) * D**-0.5}
 
     def advise_hints(self) -> Iterator[str]:
