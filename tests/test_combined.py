@@ -14,6 +14,7 @@ from ftjax import config, params
 from ftjax.configfile import dump, load
 from ftjax.errors import ConfigError, DataError
 from ftjax.headspec import HeadSpec
+from ftjax.models.base import Numerics
 from ftjax.params import bounds, cut
 from ftjax.peft.adapter import Parallel, Pfeiffer
 from ftjax.peft.adapters import load_adapters
@@ -202,6 +203,30 @@ def test_a_gate_has_no_merged_weight():
     base = tiny.weights(model)
     with pytest.raises(ConfigError, match="a gate is another for every token"):
         merge(bind(base, combined.init(jax.random.key(0), model.table, base)), model.table)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_gates_of_a_token_are_its_own(layers):
+    """Neither the examples beside it in its row, nor padding, nor adapters beside it under vmap change anything."""
+    model = tiny.llama(Numerics(layers=layers), num_hidden_layers=2)
+    base = tiny.weights(model)
+    two = [
+        jax.tree.map(lambda x, i=i: x + 0.3 * (i + 1), GATED.init(jax.random.key(i), model.table, base)) for i in (0, 1)
+    ]
+    ids, segments = jnp.asarray([[5, 9, 31, 7, 8, 44, 61, 12]]), jnp.asarray([[0, 0, 0, 1, 1, 1, 1, -2]])
+    places = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0]])
+
+    def logits(overlay, inputs):
+        return model.apply(bind(base, overlay), inputs).logits
+
+    both = jax.tree.map(lambda *x: jnp.stack(x), *two)
+    rows = {"input_ids": ids, "positions": places, "segments": segments}
+    together = jax.jit(jax.vmap(logits, (0, None)))(both, rows)
+    for overlay, packed in zip(two, together, strict=True):
+        for part in (slice(0, 3), slice(3, 7)):
+            alone = logits(overlay, {"input_ids": ids[:, part]})
+            assert tiny.largest(packed[:, part], alone) <= 1e-5 * float(jnp.abs(alone).max())
+    assert tiny.largest(*together) > 1e-2
 
 
 def test_gates_in_a_folder(tmp_path):

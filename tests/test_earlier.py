@@ -11,13 +11,18 @@ from ftjax.errors import ConfigError
 from ftjax.models import hf
 from ftjax.models.sources import Pretrained
 from ftjax.objectives.preference import answers, pair_inputs
+from ftjax.peft.adapter import Pfeiffer
 from ftjax.peft.base import bind, merge
+from ftjax.peft.combined import Combine
 from ftjax.peft.dora import DoRA
+from ftjax.peft.earlier import start_from
 from ftjax.peft.ia3 import IA3
-from ftjax.peft.interop import load_adapter
+from ftjax.peft.interop import load_adapter, save_adapter
 from ftjax.peft.lora import LoRA
 from ftjax.peft.prefix import Prefix
+from ftjax.peft.reft import NoReFT
 from ftjax.train.session import export
+from tests import tiny
 from tests.preferences import drawn, earlier, project, setup_of
 
 METHODS = {
@@ -113,5 +118,37 @@ def test_another_method_is_refused(root, method, texts):
     folder = earlier(root, LoRA(rank=4), "plain")
     with pytest.raises(ConfigError) as error:
         setup_of(root, model=source(root, folder), peft=method)
+    said = " ".join(str(error.value).split())
+    assert all(text in said for text in texts), said
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "texts"),
+    [
+        (NoReFT(positions="l3"), NoReFT(positions="all"), ["peft.positions='all' the folder's is 'l3'", "everywhere"]),
+        (NoReFT(positions="l3"), NoReFT(positions="f3"), ["first by the config 3, in the folder 0"]),
+        (Pfeiffer(activation="tanh"), Pfeiffer(), ["by the config 'relu', in the folder 'tanh'"]),
+        (
+            Combine(methods=(LoRA(rank=2), Pfeiffer(activation="tanh")), gates=True),
+            Combine(methods=(LoRA(rank=2), Pfeiffer()), gates=True),
+            ["mlp_out/inner/activation by the config 'relu'"],
+        ),
+        (
+            Combine(methods=(LoRA(rank=2), Pfeiffer()), gates=True),
+            Combine(methods=(LoRA(rank=2), Pfeiffer())),
+            ["peft.gates=False the folder's is True"],
+        ),
+    ],
+    ids=["all", "ends", "activation", "gated", "gates"],
+)
+def test_choices_that_no_array_shows(tmp_path, begun, asked, texts):
+    """The arrays have the same shapes: only the settings tell them apart."""
+    model = tiny.llama(num_hidden_layers=2)
+    base = tiny.weights(model)
+    overlay, fresh = (m.init(jax.random.key(0), model.table, base) for m in (begun, asked))
+    save_adapter(tmp_path, overlay, model.table, begun, base_path="")
+    start_from(tmp_path, begun, overlay, model.table, base, base_path="")
+    with pytest.raises(ConfigError) as error:
+        start_from(tmp_path, asked, fresh, model.table, base, base_path="")
     said = " ".join(str(error.value).split())
     assert all(text in said for text in texts), said

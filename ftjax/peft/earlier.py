@@ -11,6 +11,7 @@ first (``run.py merge``): a folder with two adapters of which only one is in the
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,9 @@ def start_from(
             f"{where} holds {file.method.name}, but peft={method.name}: go on with peft={file.method.name}, or merge the "
             "adapter into the base first (run.py merge) and train the new one on that"
         )
-    found = leaves_by_path(cut(file.overlay, bounds(fresh)))
-    ours = leaves_by_path(fresh)
-    if problems := [*_differences(ours, found, method.labels(table))]:
+    parts = cut(file.overlay, bounds(fresh))
+    found, ours = leaves_by_path(parts), leaves_by_path(fresh)
+    if problems := [*_differences(ours, found, method.labels(table)), *_other_choices(fresh, parts)]:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         settings = [*_settings(method, file.method, places=ours.keys() != found.keys())]
         raise ConfigError(f"{where} does not fit the run's method", [*settings, *problems[:_SHOWN], *more])
@@ -89,6 +90,20 @@ def _differences(fresh: dict[str, Any], found: dict[str, Any], rules: Any) -> It
         elif _is_number(path, fresh[path], rules) and not np.allclose(fresh[path], found[path], rtol=1e-6):
             ours, theirs = (float(np.ravel(x)[0]) for x in (fresh[path], found[path]))
             yield f"{path}  by the config {ours:g}, in the folder {theirs:g}"
+
+
+def _other_choices(fresh: Any, found: Any, path: str = "") -> Iterator[str]:
+    """What two overlays differ in that no array shows: which tokens are edited, what a bottleneck reads."""
+    if isinstance(fresh, dict) and isinstance(found, dict):
+        for key in fresh.keys() & found.keys():
+            yield from _other_choices(fresh[key], found[key], key)
+    elif dc.is_dataclass(fresh) and type(fresh) is type(found):
+        for field in dc.fields(fresh):
+            ours, theirs, at = getattr(fresh, field.name), getattr(found, field.name), f"{path}/{field.name}"
+            if field.metadata.get("pytree_node", True):
+                yield from _other_choices(ours, theirs, at)
+            elif ours != theirs:
+                yield f"{at}  by the config {ours!r}, in the folder {theirs!r}"
 
 
 def _is_number(path: str, value: Any, rules: Any) -> bool:
