@@ -18,6 +18,7 @@ from ftjax.objectives.kto import KTO
 from ftjax.objectives.multi_task import MultiTask, SubTask
 from ftjax.peft.full import Full
 from ftjax.peft.lora import LoRA
+from ftjax.peft.sparse import Sparse
 from ftjax.train.reference import known
 from ftjax.train.setup import compile_train
 from tests.preferences import drawn, earlier, project, setup_of
@@ -110,6 +111,13 @@ def test_several_tasks_refuse_it():
     objective = MultiTask(tasks=(SubTask(name="a", data=Local(path="x"), objective=DPO(precompute=True)),))
     run = config.Run(objective=objective)
     assert "one task" in "".join(objective.tasks[0].objective.check(run))
+
+
+@pytest.mark.parametrize("objective", [DPO(precompute=True), KTO(precompute=True)], ids=lambda o: o.name)
+def test_a_method_that_begins_with_gradients_refuses_it(objective):
+    run = config.Run(objective=objective, peft=Sparse(choose="fisher"))
+    assert "peft=sparse  it begins with gradients" in "".join(objective.check(run))
+    assert not [*objective.check(config.Run(objective=objective, peft=Sparse()))]
 
 
 def test_every_prompt_gets_another_ones_answer_once():

@@ -91,9 +91,14 @@ PRECOMPUTE = "Compute the reference's log-probabilities once, before training, a
 
 
 def alone(objective: Any, run: Any) -> Iterator[str]:
-    """A line where `precompute` cannot be honoured: among several tasks."""
+    """Lines where `precompute` cannot be honoured: among several tasks, or where gradients are wanted before it."""
     if objective.precompute and objective is not run.objective:
         yield "objective.precompute=True  is for a run with one task: the tasks of multi_task have no pass before training"
+    if objective.precompute and getattr(run.peft, "batches_for_start", 0):
+        yield (
+            f"objective.precompute=True, peft={run.peft.name}  it begins with gradients, before the reference is asked: "
+            "set objective.precompute=false"
+        )
 
 
 def answer_mask(batch: PairBatch) -> jax.Array:
