@@ -12,7 +12,7 @@ from ftjax.config import Run
 from ftjax.configfile import load
 from ftjax.data.templates import resolve_template
 from ftjax.data.tokenizer import load_tokenizer
-from ftjax.errors import ConfigError
+from ftjax.errors import ConfigError, did_you_mean
 from ftjax.evals.request import Evaluation, asks, requested
 from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
@@ -68,11 +68,13 @@ def _finished(folder: Path, console: Console) -> tuple[Setup, State, int]:
     return setup, state, step
 
 
-def evaluate(folder: Path, overrides: tuple[str, ...]) -> int:
+def evaluate(folder: Path, overrides: tuple[str, ...], task: str = "") -> int:
     """Held-out numbers of a run's best (or last) checkpoint; or another evaluation (``evals=NAME``) of what it exported."""
     console = Console()
     if asks(overrides):
-        return _measure(folder, requested(overrides), console)
+        return _measure(folder, requested(overrides), console, task)
+    if task:
+        raise ConfigError(f"eval: --task {task}  is for evals=NAME; without it every task of the run is evaluated")
     setup, state, step = _open(folder, overrides, console)
     setup = recorded.known(known(setup, say=console.note), say=console.note)
     evaluator = Evaluator(setup, console.compiling)
@@ -91,14 +93,16 @@ def ensemble(folders: tuple[Path, ...], overrides: tuple[str, ...]) -> int:
     return ensemble_of(folders, overrides)
 
 
-def _measure(folder: Path, evaluation: Evaluation, console: Console) -> int:
+def _measure(folder: Path, evaluation: Evaluation, console: Console, task: str) -> int:
     """Evaluates what a run exported, adapter unmerged; prints a table and leaves a JSON file in the run folder."""
-    model, params, tokenizer = _model_for(GenerateArgs(prompt="", run=folder))
-    named = load(folder / "config.json").data.chat_template
+    model, params, tokenizer = _model_for(GenerateArgs(prompt="", run=folder, task=task))
+    run = load(folder / "config.json")
+    name = speaking(run, folder, task)
+    named = (run.objective.named(name) if name else run).data.chat_template
     measured = evaluation.measure(
         model, params, tokenizer, template=resolve_template(tokenizer, named) if named else ""
     )
-    target = folder / "evals" / f"{evaluation.label}.json"
+    target = folder / "evals" / f"{evaluation.label}{f'-{name}' if name else ''}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(measured.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.note(measured.table)
@@ -124,10 +128,11 @@ def _model_for(args: GenerateArgs) -> tuple[Any, Store, Any]:
         model, params = api.load_pretrained(args.model, adapter=args.adapter)
         return model, params, load_tokenizer(args.model)
     run = load(args.run / "config.json")
-    trained = args.run / "model"
+    name = speaking(run, args.run, args.task)
+    trained = args.run / "model" / name
     if (trained / "config.json").exists():
         return *api.load_pretrained(trained), load_tokenizer(trained)
-    adapter = args.run / "adapter"
+    adapter = args.run / "adapter" / name
     if not (adapter / "adapter_config.json").exists():
         raise ConfigError(f"{args.run} holds neither an adapter nor a model yet: it has not finished training")
     base = run.model.folder
@@ -137,9 +142,43 @@ def _model_for(args: GenerateArgs) -> tuple[Any, Store, Any]:
     return *loaded, load_tokenizer(base)
 
 
+def speaking(run: Run, folder: Path, task: str) -> str:
+    """The task of a run that answers: `task`, or the only one that can; empty where the run has no tasks.
+
+    Raises:
+      ConfigError: it predicts no text, or there are several; the text lists them.
+    """
+    name = _task_of(run, folder, task)
+    tasks = {t.name: t.objective for t in getattr(run.objective, "tasks", ())}
+    able = [n for n, o in tasks.items() if o.heads[0] in ("causal_lm", "seq2seq_lm")]
+    if not tasks or name in able:
+        return name
+    if not name and len(able) == 1:
+        return able[0]
+    listed = ", ".join(f"{n} ({o.name})" for n, o in tasks.items())
+    if name or not able:
+        what = f"--task {name}  its objective is {tasks[name].name}" if name else f"{folder}  is a run of {listed}"
+        raise ConfigError(f"{what}, which predicts no text. Tasks that do: {', '.join(able) or 'none'}")
+    raise ConfigError(f"--task  is missing: {len(able)} tasks of {folder} answer: {', '.join(able)}")
+
+
+def _task_of(run: Run, folder: Path, task: str) -> str:
+    """The name of a task, which may be empty.
+
+    Raises:
+      ConfigError: the run has no such task.
+    """
+    names = [t.name for t in getattr(run.objective, "tasks", ())]
+    if task and task not in names:
+        known = f"Tasks: {', '.join(names)}" if names else "It has one task; leave --task out"
+        raise ConfigError(f"--task {task}  is no task of {folder}.{did_you_mean(task, names)} {known}")
+    return task
+
+
 def merge(args: FolderArgs) -> int:
     """Writes a run's model with its adapter folded in."""
     console = Console()
+    _task_of(load(args.run / "config.json"), args.run, args.task)
     setup, state, step = _finished(args.run, console)
     _refuse_full(args.to)
     if bits := bits_per_parameter(setup.store(state)["base"]):
@@ -147,7 +186,7 @@ def merge(args: FolderArgs) -> int:
             f"the base is quantized ({bits:.2f} bits per parameter): its kernels are dequantized and the adapter is added "
             f"in float32. The result is a plain {setup.run.model.dtype} model, which is not quantized"
         )
-    write_model(setup, join(merged(setup, state)), args.to, card=_card(setup, step, adapter=False))
+    write_model(setup, join(merged(setup, state)), args.to, card=_card(setup, step, adapter=False), task=args.task)
     console.where({"model": args.to})
     return 0
 
@@ -155,9 +194,11 @@ def merge(args: FolderArgs) -> int:
 def export_run(args: FolderArgs) -> int:
     """Writes what a run trained: its adapter, or its model."""
     console = Console()
+    _task_of(load(args.run / "config.json"), args.run, args.task)
     setup, state, step = _finished(args.run, console)
     _refuse_full(args.to)
-    console.where({"exported": export(setup, state, args.to, card=_card(setup, step, adapter=setup.adapted))})
+    card = _card(setup, step, adapter=setup.adapted)
+    console.where({"exported": export(setup, state, args.to, card=card, task=args.task)})
     return 0
 
 

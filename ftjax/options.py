@@ -33,14 +33,16 @@ class GenerateArgs:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    task: str = ""
 
 
 @dataclass(frozen=True)
 class FolderArgs:
-    """What `merge` and `export` were asked for: from a run folder to a new folder."""
+    """What `merge` and `export` were asked for: from a run folder to a new one; of several tasks only `task` if it is set."""
 
     run: Path
     to: Path
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ def _run_option(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     parser.add_argument("--run", metavar="DIR", type=Path, required=required, help="run folder, e.g. runs/quickstart")
 
 
+def _task_option(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--task", metavar="NAME", default="", help=f"of a run of several tasks: {help}")
+
+
 def evaluating(parser: argparse.ArgumentParser) -> None:
     """--run and overrides, or the fields of another evaluation."""
     _run_option(parser, required=False)
@@ -86,6 +92,7 @@ def evaluating(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="several runs over one data set, instead of --run: ensembles",
     )
+    _task_option(parser, "the one that evals=NAME measures (default: the only one that answers)")
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c",
         help="fields to change, e.g. evaluate.examples=0; or evals=NAME and its fields, e.g. evals=lm_eval tasks=arc_easy",
@@ -95,6 +102,7 @@ def evaluating(parser: argparse.ArgumentParser) -> None:
 def generating(parser: argparse.ArgumentParser) -> None:
     """What to answer with, the prompt, and how to sample."""
     _run_option(parser, required=False)
+    _task_option(parser, "the one that answers (default: the only one that can)")
     parser.add_argument("--model", metavar="DIR", help="HF model folder or hub id, instead of a run")
     parser.add_argument("--adapter", metavar="DIR", type=Path, help="HF PEFT folder laid over --model")
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt; without it standard input is read")
@@ -113,6 +121,7 @@ def generating(parser: argparse.ArgumentParser) -> None:
 def writing(parser: argparse.ArgumentParser) -> None:
     """From a run folder to a new folder."""
     _run_option(parser)
+    _task_option(parser, "only this one, in the new folder itself (default: a folder in it for each)")
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="new folder")
 
 
@@ -194,6 +203,8 @@ def generate_args(args: argparse.Namespace) -> GenerateArgs:
 def _generate_problems(args: argparse.Namespace) -> Iterator[str]:
     if bool(args.run) == bool(args.model):
         yield "--run, --model  give one of them: a run folder, or a model folder with or without --adapter"
+    if args.task and not args.run:
+        yield f"--task {args.task}  is of a run; give --run DIR"
     if args.adapter and not args.model:
         yield f"--adapter {args.adapter}  needs --model; a run has its adapter already"
     if args.prompt is None and sys.stdin.isatty():
@@ -248,4 +259,4 @@ def folder_args(args: argparse.Namespace) -> FolderArgs:
       ConfigError: the run is none, or the target is in use.
     """
     _refuse_used("--to", args.to)
-    return FolderArgs(run=run_folder(args.run), to=args.to)
+    return FolderArgs(run=run_folder(args.run), to=args.to, task=args.task)

@@ -169,9 +169,11 @@ def _check(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     if several := options.evaluated_folders(args):
+        if args.task:
+            raise ConfigError(f"run.py eval: --task {args.task} is of one run; give --run DIR")
         return _entry().ensemble(several, tuple(args.overrides))
     folder = options.evaluated_folder(args)
-    return _entry().evaluate(folder, tuple(args.overrides))
+    return _entry().evaluate(folder, tuple(args.overrides), args.task)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -75,9 +75,12 @@ def test_eval_passes_the_folder_and_overrides(calls):
     assert main(["eval", "--run", "runs/x", "evaluate.examples=0"]) == 0
     assert main(["eval", "--config", "runs/x/config.json", "evals=lm_eval", "tasks=a,b"]) == 0
     assert calls == [
-        ("evaluate", Path("runs/x"), ("evaluate.examples=0",)),
-        ("evaluate", Path("runs/x"), ("evals=lm_eval", "tasks=a,b")),
+        ("evaluate", Path("runs/x"), ("evaluate.examples=0",), ""),
+        ("evaluate", Path("runs/x"), ("evals=lm_eval", "tasks=a,b"), ""),
     ]
+    calls.clear()
+    assert main(["eval", "--run", "runs/x", "--task", "text", "evals=lm_eval", "tasks=a"]) == 0
+    assert calls == [("evaluate", Path("runs/x"), ("evals=lm_eval", "tasks=a"), "text")]
 
 
 def test_eval_of_several_runs(calls, capsys):
@@ -87,22 +90,28 @@ def test_eval_of_several_runs(calls, capsys):
     assert main(["eval", "--runs", "runs/x", "runs/y", "evaluate.examples=0"]) == 0
     assert calls == [("ensemble", (Path("runs/x"), other), ("evaluate.examples=0",))]
     assert "run.py eval: --runs takes two or more runs" in fails(capsys, "eval", "--runs", "runs/x")
+    text = fails(capsys, "eval", "--task", "text", "--runs", "runs/x", "runs/y")
+    assert "--task text is of one run; give --run DIR" in text
 
 
 def test_generate(calls, monkeypatch):
     assert main(["generate", "--run", "runs/x", "--prompt", "a", "--stop", "X", "--stop", "Y", "--top-k", "5"]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     assert main(["generate", "--model", "m", "--adapter", "a", "--temperature", "0.7", "--seed", "1"]) == 0
+    assert main(["generate", "--run", "runs/x", "--prompt", "a", "--task", "text"]) == 0
     assert calls == [
         ("generate", GenerateArgs(prompt="a", run=Path("runs/x"), stop=("X", "Y"), top_k=5)),
         ("generate", GenerateArgs(prompt="from a pipe\n", model="m", adapter=Path("a"), temperature=0.7, seed=1)),
+        ("generate", GenerateArgs(prompt="a", run=Path("runs/x"), task="text")),
     ]
 
 
 @pytest.mark.parametrize("verb, body", [("merge", "merge"), ("export", "export_run")])
 def test_merge_and_export(calls, capsys, verb, body):
     assert main([verb, "--run", "runs/x", "--to", "new"]) == 0
-    assert calls == [(body, FolderArgs(run=Path("runs/x"), to=Path("new")))]
+    assert main([verb, "--run", "runs/x", "--to", "new", "--task", "tone"]) == 0
+    whole = FolderArgs(run=Path("runs/x"), to=Path("new"))
+    assert calls == [(body, whole), (body, FolderArgs(run=whole.run, to=whole.to, task="tone"))]
     assert "--to runs: it exists already" in fails(capsys, verb, "--run", "runs/x", "--to", "runs")
 
 

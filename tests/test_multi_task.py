@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from ftjax.data.tasks.tasks import Tasks
 from ftjax.data.together import TaskBatch, TaskBatches, allocate, prepare_tasks, shares_of
 from ftjax.data.tokenizer import load_tokenizer
 from ftjax.errors import ConfigError
+from ftjax.evals.request import Measured
+from ftjax.generate.api import generate
 from ftjax.headspec import HeadSpec
 from ftjax.models import hf
 from ftjax.models.base import Numerics
@@ -35,6 +38,7 @@ from ftjax.peft.lora import LoRA
 from ftjax.train.metrics import read_lines
 from ftjax.train.setup import prepare
 from ftjax.train.weighted import combined
+from ftjax.verbs import main
 from tests import tiny
 from tests.test_matrix import check_devices, check_resume
 
@@ -364,6 +368,40 @@ def test_the_exported_model_computes_what_the_run_did(project, tmp_path):
         np.testing.assert_allclose(model.apply(params, ids).logits, part.apply(seen, ids).logits, atol=1e-5)
 
 
+def test_one_task_of_a_run_answers_and_is_written_alone(project, tmp_path, capsys):
+    run = a_run(project, tmp_path / "run", "train.steps=2", "checkpoint.every=2", "evaluate.every=2")
+    run.regime.train(run, allow=())
+    folder, prompt = str(tmp_path / "run"), ["--prompt", "the fire is", "--max-new-tokens", "6"]
+
+    def said(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["generate", *words, *prompt]) == 0
+        return capsys.readouterr().out
+
+    answer = said("--run", folder)  # the only task that speaks
+    assert answer.strip() and answer == said("--run", folder, "--task", "text")
+    assert answer == said("--model", str(project / "base"), "--adapter", f"{folder}/adapter/text")
+    for verb in ("merge", "export"):
+        assert main([verb, "--run", folder, "--to", str(tmp_path / verb), "--task", "text"]) == 0
+    assert answer == said("--model", str(tmp_path / "merge"))
+    assert answer == said("--model", str(project / "base"), "--adapter", str(tmp_path / "export" / "adapter"))
+    assert main(["merge", "--run", folder, "--to", str(tmp_path / "all")]) == 0
+    assert {p.name for p in (tmp_path / "all").iterdir()} == {"color", "way", "text", "hue"}
+    assert main(["export", "--run", folder, "--to", str(tmp_path / "one"), "--task", "way"]) == 0
+    model, _ = api.load_pretrained(project / "base", adapter=tmp_path / "one" / "adapter")
+    assert len(model.head.labels) == 2  # of the three tasks, this one
+
+    class Fake:
+        label = "fake"
+
+        def measure(self, model: Any, params: Any, tokenizer: Any, *, template: str) -> Measured:
+            assert generate(model, params, tokenizer, ["the fire is"], 6) == [answer.removesuffix("\n")]
+            return Measured("a table", {"head": model.head.kind})
+
+    assert entry._measure(tmp_path / "run", Fake(), entry.Console(), "") == 0
+    assert json.loads((tmp_path / "run" / "evals" / "fake-text.json").read_text()) == {"head": "causal_lm"}
+
+
 # Errors ----------------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +430,59 @@ def test_a_head_for_other_labels_is_refused(project, tmp_path):
     with pytest.raises(ConfigError, match=r"objective\.tasks\.3\.head=way  has the labels down, up; hue has blue"):
         run = a_run(project, tmp_path, tasks=(*tasks[:3], tasks[3].model_copy(update={"head": "way"})))
         prepare(run, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "verb, words, text",
+    [
+        (
+            "generate",
+            ["--task", "color", "--prompt", "a"],
+            "--task color  its objective is classification, which predicts no",
+        ),
+        (
+            "generate",
+            ["--task", "txt", "--prompt", "a"],
+            "--task txt  is no task of RUN. Did you mean 'text'? Tasks: color, way",
+        ),
+        ("eval", ["--task", "way", "evals=lm_eval", "tasks=a"], "which predicts no text. Tasks that do: text"),
+        (
+            "eval",
+            ["--task", "text"],
+            "eval: --task text  is for evals=NAME; without it every task of the run is evaluated",
+        ),
+        ("merge", ["--task", "tex", "--to", "NEW"], "--task tex  is no task of RUN. Did you mean 'text'?"),
+        ("export", ["--task", "tex", "--to", "NEW"], "--task tex  is no task of RUN. Did you mean 'text'?"),
+        ("generate", ["--prompt", "a"], "holds neither an adapter nor a model yet: it has not finished training"),
+        (
+            "eval",
+            ["evals=lm_eval", "tasks=a"],
+            "holds neither an adapter nor a model yet: it has not finished training",
+        ),
+    ],
+)
+def test_tasks_that_are_asked_for_and_cannot_answer(project, tmp_path, capsys, verb, words, text):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(a_run(project, folder).model_dump_json())
+    words = [str(tmp_path / "new") if w == "NEW" else w for w in words]
+    assert main([verb, "--run", str(folder), *words]) == 2
+    assert text.replace("RUN", str(folder)) in capsys.readouterr().err
+
+
+def test_which_task_answers(project, tmp_path):
+    tasks = tasks_of(project)
+    more = tasks[2].model_copy(update={"name": "prose"})
+    with pytest.raises(ConfigError, match="--task  is missing: 2 tasks of x answer: text, prose"):
+        entry.speaking(a_run(project, tmp_path, tasks=(*tasks, more)), Path("x"), "")
+    with pytest.raises(ConfigError, match=r"x  is a run of color \(classification\), .* predicts no text. .* do: none"):
+        entry.speaking(a_run(project, tmp_path, tasks=tasks[:2]), Path("x"), "")
+    plain = config.Run()
+    assert (
+        entry.speaking(plain, Path("x"), "") == "" and entry.speaking(a_run(project, tmp_path), Path("x"), "") == "text"
+    )
+    with pytest.raises(ConfigError, match="--task text  is no task of x. It has one task; leave --task out"):
+        entry.speaking(plain, Path("x"), "text")
 
 
 def test_a_head_that_the_model_cannot_have_names_its_task(project):

@@ -181,7 +181,7 @@ def _summary(host: Any, coef: dict[str, float], *, tokens: bool) -> dict[str, fl
     return {"loss": loss, **perplexity, **extra, **counted}
 
 
-def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
+def export(setup: Setup, state: State, folder: Path, *, card: str, task: str = "") -> Path:
     """Writes what was trained: the adapter as a PEFT folder, or the whole model when the base itself was trained.
 
     Of several tasks each has a folder of its own, with its head, that opens by itself as that of a run with one task.
@@ -191,26 +191,32 @@ def export(setup: Setup, state: State, folder: Path, *, card: str) -> Path:
       state: what to export.
       folder: the run folder; "adapter" or "model" is written in it.
       card: text of its README.md.
+      task: of several only this one, without a folder of its own; empty: all.
     """
     store = jax.device_get(setup.store(state))
     run = setup.run
     if setup.adapted:
         target = folder / "adapter"
         trained = {k: store["base"][k] for k, v in setup.state.trainable["base"].items() if jax.tree.leaves(v)}
-        for name, (model, saved) in views(setup.model, trained).items():
+        for name, (model, saved) in _chosen(views(setup.model, trained), task).items():
             save_adapter(
                 target / name, params.join(store["overlay"]), model.table, run.peft, base_path=run.model.label,
                 card=card, task_type=TASK_TYPES.get(model.head.kind), saved=params.join(saved),
             )  # fmt: skip
         return target
-    return write_model(setup, params.join(unpack_store(store["base"])), folder / "model", card=card)
+    return write_model(setup, params.join(unpack_store(store["base"])), folder / "model", card=card, task=task)
 
 
-def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str) -> Path:
-    """Writes a plain model folder with tokenizer and card; of several tasks one for each."""
+def _chosen(found: dict[str, Any], task: str) -> dict[str, Any]:
+    """All of them under their names, or one without."""
+    return {"": found[task]} if task else found
+
+
+def write_model(setup: Setup, store: params.Store, folder: Path, *, card: str, task: str = "") -> Path:
+    """Writes a plain model folder with tokenizer and card; of several tasks one for each, or `task` alone."""
     dtype = jnp.dtype(setup.run.model.dtype)
     beside = getattr(setup.run.model, "folder", None) if setup.tokenizer is None else None  # how images are normalised
-    for name, (model, seen) in views(setup.model, store).items():
+    for name, (model, seen) in _chosen(views(setup.model, store), task).items():
         to = folder / name
         hf.save(model, {k: np.asarray(v).astype(dtype) for k, v in seen.items()}, to, tokenizer_from=beside)
         if setup.tokenizer is not None:
