@@ -16,6 +16,8 @@ from ftjax.errors import ConfigError
 from ftjax.models import hf
 from ftjax.models.sources import Pretrained
 from ftjax.objectives.causal_lm import CausalLM
+from ftjax.peft.combined import Combine
+from ftjax.peft.lora import LoRA
 from ftjax.peft.prompt import Prompt
 from ftjax.peft.reft import LoReFT
 from ftjax.peft.sparse import Sparse
@@ -88,6 +90,8 @@ def test_what_is_refused(root):
         METHOD.init(jax.random.key(0), model.table, base)
     with pytest.raises(ConfigError, match="peft=loreft edits hidden values of prompts, and the data have none"):
         made(root, LoReFT())
+    with pytest.raises(ConfigError, match="peft=loreft edits hidden values"):
+        made(root, Combine(methods=(LoReFT(), LoRA(rank=2))))
 
 
 def test_a_prompt_begins_as_a_text(root):

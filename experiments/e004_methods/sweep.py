@@ -34,6 +34,7 @@ from ftjax.train.setup import Setup, compile_train, prepare
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent.parent / "configs" / "adapt_text.py"
+UNIPELT = 'peft.methods=[{"name":"lora"},{"name":"prefix"},{"name":"pfeiffer","reduction":4}]'
 # Method -> (middle of the grid, overrides).
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "full": (2e-3, ("peft=full",)),
@@ -64,6 +65,7 @@ METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "loreft": (1e-2, ("peft=loreft", "peft.rank=8", "peft.positions=all")),
     "noreft": (1e-2, ("peft=noreft", "peft.rank=8", "peft.positions=all")),
     "direft": (1e-2, ("peft=direft", "peft.rank=8", "peft.positions=all")),
+    "lora, prefix and pfeiffer (UniPELT)": (1e-2, ("peft=combine", "peft.gates=true", UNIPELT)),
     "prefix and parallel (MAM)": (1e-2, ("peft=combine", 'peft.methods=[{"name":"prefix"},{"name":"parallel","reduction":4}]')),
 }  # fmt: skip
 FACTOR, EXTEND = 3.0, 2

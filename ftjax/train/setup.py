@@ -282,12 +282,13 @@ def check_prompts(method: Any, examples: Any) -> None:
     Raises:
       ConfigError: all tokens of all examples are trained, but for the first, which never is.
     """
-    if not getattr(method, "edits_prompts", False) or not isinstance(examples, Examples):
+    editing = [m.name for m in getattr(method, "methods", (method,)) if getattr(m, "edits_prompts", False)]
+    if not editing or not isinstance(examples, Examples):
         return
     second = examples.offsets[:-1] + 1
     if (examples.weights[second[examples.lengths > 1]] > 0).all():
         raise ConfigError(
-            f"peft={method.name} edits hidden values of prompts, and the data have none: every token is trained. Use data of "
+            f"peft={editing[0]} edits hidden values of prompts, and the data have none: every token is trained. Use data of "
             "prompts and completions, peft.positions=all, or another method"
         )
 
