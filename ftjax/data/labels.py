@@ -337,7 +337,7 @@ def _fitting(rows: Sequence[Row], problem: str, bad: BadRows) -> list[Row]:
             kept.append(row)
         else:
             bad.add(
-                f"{row.origin}: label {row['label']!r} has a fraction, and a class is a whole number or a text. "
+                f"{row.origin}: label {row['label']!r} is a number that is not whole, and a class is a whole number or a text. "
                 "Numbers are learned with objective=regression"
             )
     return odd_ones(kept, lambda row: [row["label"]], bad)
