@@ -13,11 +13,11 @@ from ftjax.configfile import load
 from ftjax.data.templates import resolve_template
 from ftjax.data.tokenizer import load_tokenizer
 from ftjax.errors import ConfigError, did_you_mean
-from ftjax.evals.request import Evaluation, asks, requested
+from ftjax.evals.request import Evaluation, Measured, asks, requested
 from ftjax.generate.api import stream
 from ftjax.generate.sampling import Sampling
 from ftjax.models.sources import source_of
-from ftjax.options import FolderArgs, GenerateArgs, SoupArgs
+from ftjax.options import FolderArgs, GenerateArgs, ModelArgs, SoupArgs
 from ftjax.params import Store, join
 from ftjax.quant.base import bits_per_parameter
 from ftjax.regimes.ensemble import ensemble as ensemble_of
@@ -102,12 +102,26 @@ def _measure(folder: Path, evaluation: Evaluation, console: Console, task: str) 
     measured = evaluation.measure(
         model, params, tokenizer, template=resolve_template(tokenizer, named) if named else ""
     )
-    target = folder / "evals" / f"{evaluation.label}{f'-{name}' if name else ''}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(measured.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.note(measured.table)
-    console.where({"numbers": target})
+    _told(measured, folder / "evals" / f"{evaluation.label}{f'-{name}' if name else ''}.json", console)
     return 0
+
+
+def evaluate_model(args: ModelArgs, words: tuple[str, ...]) -> int:
+    """Evaluates a model that is no run, e.g. the base that runs are compared with."""
+    console, evaluation = Console(), requested(words)
+    model, params, tokenizer = _model_for(GenerateArgs(prompt="", model=args.model, adapter=args.adapter))
+    _told(evaluation.measure(model, params, tokenizer, template=""), args.to, console)
+    return 0
+
+
+def _told(measured: Measured, target: Path | None, console: Console) -> None:
+    """Prints a table, and writes all numbers where there is a place for them."""
+    console.note(measured.table)
+    if target is None:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(measured.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.where({"numbers": target})
 
 
 def generate(args: GenerateArgs) -> int:

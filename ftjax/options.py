@@ -37,6 +37,15 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True)
+class ModelArgs:
+    """What `eval --model` was asked for: a model, an adapter over it, and the file for the numbers."""
+
+    model: str
+    adapter: Path | None = None
+    to: Path | None = None
+
+
+@dataclass(frozen=True)
 class FolderArgs:
     """What `merge` and `export` were asked for: from a run folder to a new one; of several tasks only `task` if it is set."""
 
@@ -82,6 +91,11 @@ def _task_option(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--task", metavar="NAME", default="", help=f"of a run of several tasks: {help}")
 
 
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="HF model folder or hub id, instead of a run")
+    parser.add_argument("--adapter", metavar="DIR", type=Path, help="HF PEFT folder laid over --model")
+
+
 def evaluating(parser: argparse.ArgumentParser) -> None:
     """--run and overrides, or the fields of another evaluation."""
     _run_option(parser, required=False)
@@ -93,6 +107,10 @@ def evaluating(parser: argparse.ArgumentParser) -> None:
         help="several runs over one data set, instead of --run: ensembles",
     )
     _task_option(parser, "the one that evals=NAME measures (default: the only one that answers)")
+    _model_options(parser)
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="of evals=NAME over --model: new JSON file for the numbers"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c",
         help="fields to change, e.g. evaluate.examples=0; or evals=NAME and its fields, e.g. evals=lm_eval tasks=arc_easy",
@@ -103,8 +121,7 @@ def generating(parser: argparse.ArgumentParser) -> None:
     """What to answer with, the prompt, and how to sample."""
     _run_option(parser, required=False)
     _task_option(parser, "the one that answers (default: the only one that can)")
-    parser.add_argument("--model", metavar="DIR", help="HF model folder or hub id, instead of a run")
-    parser.add_argument("--adapter", metavar="DIR", type=Path, help="HF PEFT folder laid over --model")
+    _model_options(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt; without it standard input is read")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default 128)")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token")
@@ -153,6 +170,28 @@ def copying(parser: argparse.ArgumentParser) -> None:
 
 def nothing(parser: argparse.ArgumentParser) -> None:
     """No options."""
+
+
+def evaluated_model(args: argparse.Namespace) -> ModelArgs | None:
+    """The bare model that `eval` was asked for; None where it was asked for runs.
+
+    Raises:
+      ConfigError: a run is given too, or no evaluation is chosen: held-out data belong to a run.
+    """
+    if not args.model:
+        for option, value in (("--adapter", args.adapter), ("--out", args.out)):
+            if value:
+                raise ConfigError(f"run.py eval: {option} {value}  needs --model")
+        return None
+    if args.run or args.config or args.runs or args.task:
+        raise ConfigError("run.py eval: --model is instead of a run; leave --run, --runs, --config and --task out")
+    if not any(word.startswith("evals=") for word in args.overrides):
+        raise ConfigError(
+            "run.py eval: --model has no held-out data; choose an evaluation, e.g. evals=lm_eval tasks=arc_easy"
+        )
+    if args.out and args.out.exists():
+        raise ConfigError(f"--out {args.out}: it exists already; nothing is overwritten")
+    return ModelArgs(args.model, args.adapter, args.out)
 
 
 def evaluated_folders(args: argparse.Namespace) -> tuple[Path, ...]:

@@ -168,6 +168,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if model := options.evaluated_model(args):
+        return _entry().evaluate_model(model, tuple(args.overrides))
     if several := options.evaluated_folders(args):
         if args.task:
             raise ConfigError(f"run.py eval: --task {args.task} is of one run; give --run DIR")

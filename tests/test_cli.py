@@ -17,7 +17,7 @@ import pytest
 from ftjax import envinfo, registry, verbs
 from ftjax.configfile import dump, load
 from ftjax.errors import CheckpointError, DataError, DeviceError
-from ftjax.options import FolderArgs, GenerateArgs, SoupArgs
+from ftjax.options import FolderArgs, GenerateArgs, ModelArgs, SoupArgs
 from ftjax.schema import Component
 from ftjax.verbs import VERBS, main
 
@@ -35,7 +35,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     (tmp_path / "configs/x.py").write_text(CONFIG)
     noted: list = []
     entry = types.ModuleType("ftjax.entry")
-    for name in ("train", "check", "evaluate", "generate", "merge", "export_run", "soup", "ensemble"):
+    for name in ("train", "check", "evaluate", "evaluate_model", "generate", "merge", "export_run", "soup", "ensemble"):
         setattr(entry, name, lambda *args, name=name: noted.append((name, *args)) or 0)
     monkeypatch.setitem(sys.modules, entry.__name__, entry)
     with registry.scratch():
@@ -92,6 +92,21 @@ def test_eval_of_several_runs(calls, capsys):
     assert "run.py eval: --runs takes two or more runs" in fails(capsys, "eval", "--runs", "runs/x")
     text = fails(capsys, "eval", "--task", "text", "--runs", "runs/x", "runs/y")
     assert "--task text is of one run; give --run DIR" in text
+
+
+def test_eval_of_a_model(calls, capsys):
+    words = ("evals=lm_eval", "tasks=a")
+    assert main(["eval", "--model", "m", "--adapter", "a", "--out", "n.json", *words]) == 0
+    assert calls == [("evaluate_model", ModelArgs("m", Path("a"), Path("n.json")), words)]
+    Path("n.json").touch()
+    for given, text in (
+        (("--model", "m"), "--model has no held-out data; choose an evaluation"),
+        (("--model", "m", "--run", "runs/x", *words), "--model is instead of a run"),
+        (("--run", "runs/x", "--adapter", "a"), "--adapter a  needs --model"),
+        (("--run", "runs/x", "--out", "n.json", *words), "--out n.json  needs --model"),
+        (("--model", "m", "--out", "n.json", *words), "--out n.json: it exists already"),
+    ):
+        assert text in fails(capsys, "eval", *given)
 
 
 def test_generate(calls, monkeypatch):

@@ -219,6 +219,9 @@ def test_an_adapter_is_evaluated_without_merging(tmp_path, capsys):
     written = json.loads((tmp_path / "run/evals/lm_eval-tiny_choice+tiny_rolling.json").read_text())
     for task, key in (("tiny_choice", "acc,none"), ("tiny_rolling", "bits_per_byte,none")):
         assert written["results"][task][key] == pytest.approx(theirs["results"][task][key], rel=1e-5)
+    assert main(["eval", "--model", str(folder), "--out", str(tmp_path / "base.json"), *words]) == 0
+    base = json.loads((tmp_path / "base.json").read_text())["results"]["tiny_rolling"]["bits_per_byte,none"]
+    assert base == pytest.approx(plain["results"]["tiny_rolling"]["bits_per_byte,none"], rel=1e-6)
     assert main(["eval", "--run", str(tmp_path / "run"), "evals=lm_eval", "tasks=tiny_choise"]) == 2
     assert "unknown task" in capsys.readouterr().err
 

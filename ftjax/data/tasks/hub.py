@@ -32,7 +32,7 @@ class Hub(Component):
     columns: tuple[str, ...] = Field((), description="Renamed columns, each 'ours=theirs', e.g. 'prompt=question'.")
     metrics: tuple[str, ...] = Field((), description="Generation metrics on held-out prompts, e.g. rouge_l, token_f1.")
     wraps: bool = Field(False, description="Cut long texts into several examples instead of truncating them.")
-    clean: Clean = Field(Clean(), description="What is done to the rows first; by default nothing.")
+    clean: Clean = Field(default_factory=Clean, description="What is done to the rows first; by default nothing.")
 
     def examples(self, split: Split, *, bad: BadRows | None = None) -> list[Row]:
         """Rows of "train" or "eval", cleaned."""

@@ -42,7 +42,7 @@ class Local(Component):
     chat_template: str = Field("", description="Built-in name, .jinja file or Jinja text; empty: the tokenizer's own.")
     columns: tuple[str, ...] = Field((), description="Renamed columns, each 'ours=theirs', e.g. 'prompt=question'.")
     metrics: tuple[str, ...] = Field((), description="Generation metrics on held-out prompts, e.g. rouge_l, token_f1.")
-    clean: Clean = Field(Clean(), description="What is done to the rows first; by default nothing.")
+    clean: Clean = Field(default_factory=Clean, description="What is done to the rows first; by default nothing.")
 
     @property
     def wraps(self) -> bool:
