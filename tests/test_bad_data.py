@@ -191,7 +191,9 @@ def test_all_rows_are_malformed(tmp_path: Path, objective: str):
 
 EMPTY = {"prompt": "z ", "completion": " "}
 TALKED = {"prompt": TALK[:1], "completion": [{"role": "assistant", "content": ""}]}
-HIGH = "label 2.5 is a number that is not whole, and a class is a whole number or a text. Numbers are learned with objective=regression"
+HIGH = (
+    "label 2.5 is a number that is not whole, and a class is a whole number or a text. Numbers are learned with objec"
+)
 ROWS: list[tuple[str, dict[str, Any], str]] = [
     *((o, EMPTY, "field 'completion' is empty") for o in (*LANGUAGE, "seq2seq")),
     ("kto", {**EMPTY, "label": True}, "field 'completion' is empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import json
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from ftjax.data.tasks.distilled import Distilled
 from ftjax.data.tasks.local import Local
 from ftjax.data.tokenizer import load_tokenizer
 from ftjax.errors import ConfigError, DataError
-from ftjax.generate.api import generate
-from ftjax.generate.bulk import Answer
+from ftjax.generate.api import generate, generate_ids
+from ftjax.generate.bulk import Answer, answer_all
+from ftjax.generate.sampling import Sampling
 from ftjax.models import hf
 from ftjax.models.sources import Pretrained, Scratch
 from ftjax.objectives.causal_lm import CausalLM
 from ftjax.params import init_params
 from ftjax.peft.lora import LoRA
+from tests import tinymodels
 from tests.preferences import project, run_of
 
 ASKED = [{"prompt": f"{word} {i}", "completion": f" blue {i}"} for i, word in enumerate(("red", "cat", "dog runs") * 4)]
@@ -84,6 +87,31 @@ def test_the_answers_are_those_of_generate(root: Path, tmp_path: Path):
     assert all(r.origin.startswith(str(tmp_path / "asked.jsonl:")) and set(r) == {"prompt", "completion"} for r in rows)
     held_out = {r["prompt"]: r["completion"] for r in task.examples("eval")}
     assert held_out and all(row["completion"] == held_out[row["prompt"]] for row in ASKED if row["prompt"] in held_out)
+
+
+def test_an_answer_that_ended_is_told_from_one_that_was_cut(root: Path):
+    model, params = loaded(str(root / "base"))
+    tokenizer = load_tokenizer(root / "base")
+    prompts = [np.asarray([i, i + 1, 2 * i], np.int32) for i in range(5, 85)]
+    said = generate_ids(model, params, tokenizer, prompts, Sampling(5))
+    new = ((p, x, i) for p, x in zip(prompts, said, strict=True) for i in range(1, len(x)) if x[i] not in x[:i])
+    prompt, tokens, last = next(new)
+    ending = dc.replace(model, config=dc.replace(model.config, eos_token_id=(tokens[last],)))
+    for most, want in ((5, True), (last + 1, True), (last, False)):
+        (answer,) = answer_all(ending, params, tokenizer, [prompt], Sampling(most), samples=1, batch=4)[0]
+        assert (answer.tokens, answer.ended) == (last, want)
+
+
+def test_a_teacher_that_reads_apart(root: Path, tmp_path: Path):
+    task, small = asked(root, write(tmp_path / "asked.jsonl", ASKED)), tinymodels.known()["t5"]()
+    tokenizer: Any = load_tokenizer(root / "base")
+    config = dc.replace(small.config, vocab_size=len(tokenizer), eos_token_id=(2,))
+    model: Any = dc.replace(small, config=config)
+    params = init_params(model.table, jax.random.key(1), dtype=jnp.float32)
+    hf.save(model, params, tmp_path / "t5", tokenizer_from=root / "base")
+    rows = task.model_copy(update={"teacher": Pretrained(path=str(tmp_path / "t5"))}).examples("train")
+    said = generate(model, params, tokenizer, [r["prompt"] for r in rows], max_new_tokens=5)
+    assert {*said} - {""} and [r["completion"] for r in rows] == [x for x in said if x.strip()]
 
 
 def test_draws_are_those_of_generate(root: Path, tmp_path: Path):
