@@ -5,6 +5,12 @@ python run.py --config configs/gsm8k.py ... evaluate.metric_examples=1319       
 python run.py eval --run runs/gsm8k evaluate.metric_examples=1319
 
 gsm8k_exact is lm-evaluation-harness' strict match, gsm8k_flexible takes the last number anywhere.
+
+Measured with the model in the package (2 M parameters, which has read little but Python's documentation), 60 steps of 8 rows,
+evaluate.metric_examples=64: the held-out loss falls from 5.028 to 3.296, the share of tokens that are the likeliest one rises
+from 14.5 % to 32.4 %. Of 64 answers none is right and one ends in the right number by chance: it learns what an answer looks
+like. A model of 1B on one GPU: model.path=DIR model.dtype=bfloat16 compute.dtype=bfloat16 compute.remat=full optim.lr=2e-4
+train.batch=32 train.accumulate=4 train.steps=700 evaluate.max_new_tokens=256 (three epochs; not run here).
 """
 
 from ftjax.config import Checkpoint, Evaluate, Loader, Optim, Run, Train
