@@ -2,7 +2,7 @@
 
 python run.py --config configs/distill_answers.py model.path=SMALL data.teacher.path=LARGE data.source.path=asked.jsonl
 python run.py --config configs/distill_answers.py ... data.samples=4 data.temperature=0.8    # four drawn answers to each prompt
-python run.py --config configs/distill_answers.py ... data.teacher_template=chatml    # conversations, a teacher without a template
+python run.py --config configs/distill_answers.py ... data.teacher_template=chatml    # of a teacher that has no template
 python run.py --config configs/distill_answers.py ... data.file=answers.jsonl    # where to read what the student learns
 """
 
