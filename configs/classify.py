@@ -2,6 +2,10 @@
 
 python run.py --config configs/classify.py model.path=DIR data.path=train.csv data.eval_path=test.csv
 python run.py --config configs/classify.py ... data.columns=label=category peft=lora optim.lr=3e-3
+
+Measured on Banking77 (77 intents, 10,003 training rows and all 3,080 test rows) with model.path=embedded (2 M parameters, a
+decoder), data.columns=label=category train.steps=600 evaluate.examples=0: accuracy 0.834, macro-F1 0.834, expected calibration
+error 0.099 (0.029 after temperature scaling). TF-IDF with logistic regression reaches 0.893 (experiments/e003_banking77).
 """
 
 from ftjax.config import Checkpoint, Evaluate, Loader, Optim, Run, Train
