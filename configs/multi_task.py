@@ -10,6 +10,11 @@ folder with train.jsonl and test.jsonl (question, answer). `model.path=embedded`
 runs/multi_task/adapter/<task> opens alone. Without files of your own, the package's two corpora together:
 
 python run.py --config configs/quickstart.py name=docs_and_text objective=multi_task data=tasks
+
+Measured with the model of the package on 10,003 intents, 1,044 instructions, 1,042 pairs and 7,463 problems (3 seeds, held
+out; experiments/e006_multi_task): against a model for each task intents gain (accuracy 0.139, alone 0.057), instructions and
+maths lose (loss 4.31 and 3.46, alone 3.27 and 2.75), preferences are level; objective.weighting=gradnorm takes back a third to
+a half of what was lost.
 """
 
 from ftjax.config import Checkpoint, Evaluate, Loader, Optim, Run, Train

@@ -89,7 +89,11 @@ class Signals:
         if not self.received:
             self.received = signum
             name = signal.Signals(signum).name
-            self.message(f"{name}: saving after this step, then leaving; once more to leave at once, without saving")
+            text = f"{name}: saving after this step, then leaving; once more to leave at once, without saving"
+            try:
+                self.message(text)
+            except RuntimeError:  # it came in the midst of a print, and a stream cannot be entered twice by one thread
+                os.write(2, f"{text}\n".encode())
 
     def _watch(self) -> None:
         count = 0
