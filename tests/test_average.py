@@ -206,6 +206,7 @@ def test_a_run_resumes_bit_for_bit_and_exports_the_average(project, capsys, monk
     from safetensors.numpy import load_file
 
     from ftjax import entry
+    from ftjax.options import FolderArgs
     from ftjax.regimes import fit
     from ftjax.regimes.fit import restored_state
     from ftjax.train.runfolder import RunFolder
@@ -247,7 +248,7 @@ def test_a_run_resumes_bit_for_bit_and_exports_the_average(project, capsys, monk
     assert np.abs(written - np.asarray(raw.a)[0]).max() > 1e-4
     assert described(setup, state).startswith("Averaged weights")
 
-    entry.export_run(SimpleNamespace(run=run.folder, to=project / "exported"))
+    entry.export_run(FolderArgs(run=run.folder, to=project / "exported"))
     c = load_file(project / "exported/adapter/adapter_model.safetensors")
     assert all((a[k] == c[k]).all() for k in a)
     capsys.readouterr()

@@ -37,6 +37,8 @@ except Interrupted as e:
     sys.exit(e.exit_code)
 """
 
+SAVING = "{}: saving after this step, then leaving; once more to leave at once, without saving\n"
+
 
 def start(*args: str) -> subprocess.Popen:
     process = subprocess.Popen(
@@ -51,9 +53,11 @@ def test_first_signal_saves_and_leaves(sig, code):
     process = start()
     process.send_signal(sig)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == code and err == ""
-    assert out == (
-        f"{sig.name}: saving after this step, then leaving; once more to leave at once, without saving\n"
+    assert process.returncode == code
+    # Where the signal met the print of "ready", which a busy machine sees often, the answer to it is on the other stream.
+    said = SAVING.format(sig.name)
+    assert (out + err).count(said) == 1
+    assert (out + err).replace(said, "") == (
         f"stopped by {sig.name} after step 7. Everything needed to go on is in runs/x/checkpoints/7.\n"
         "Continue with: python run.py --config a.py\n"
     )
@@ -69,7 +73,7 @@ def test_second_signal_ends_even_where_no_python_runs(sig, code):
     process.send_signal(sig)
     _, err = process.communicate(timeout=20)
     assert process.returncode == code and time.monotonic() - began < 5
-    assert err == f"{sig.name} again: leaving without saving\n"
+    assert err.removeprefix(SAVING.format(sig.name)) == f"{sig.name} again: leaving without saving\n"
 
 
 class Interrupting(io.RawIOBase):
